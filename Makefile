@@ -1,0 +1,162 @@
+# libqvl and its tools. "make help" lists the targets. Everything is built below build/$(CONFIG).
+CONFIG ?= release
+PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+DESTDIR ?=
+B := build/$(CONFIG)
+
+VERSION := $(shell sed -n 's/^\#define QVL_VERSION "\(.*\)"/\1/p' include/qvl.h)
+SOVERSION := 0
+
+PKGS := libjpeg libpng libwebp jansson libpcre2-8 libutf8proc
+
+# V=1 shows the commands.
+Q := $(if $(V),,@)
+SAY = @printf '  %-3s %s\n'
+
+CC ?= cc
+WARN := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith -Wvla
+CFLAGS ?= -O2 -g
+CPPFLAGS_ALL = -D_GNU_SOURCE $(CPPFLAGS) $(PKG_CFLAGS)
+# -ffp-contract=off: where a multiply and an add become one instruction is written in simd.h, never left to the compiler.
+CFLAGS_ALL = -std=c11 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -pthread $(WARN) $(CFLAGS) $(SAN)
+LDLIBS_ALL = $(PKG_LIBS) -lm -pthread -ldl
+
+ifeq ($(CONFIG),asan)
+SAN := -fsanitize=address -fno-omit-frame-pointer -O1
+endif
+ifeq ($(CONFIG),ubsan)
+SAN := -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all -O1
+endif
+ifeq ($(CONFIG),tsan)
+SAN := -fsanitize=thread -O1
+endif
+
+ifeq ($(filter deps help clean,$(MAKECMDGOALS)),)
+PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
+PKG_LIBS := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
+endif
+
+LIB_SRC := $(filter-out %/kern.c,$(wildcard libqvl/*/*.c libqvl/*/*/*.c))
+LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o)
+LIB_SO := $(B)/libqvl.so.$(VERSION)
+LIB_A := $(B)/libqvl.a
+
+# The kernels: one source over simd.h, compiled once for each instruction set with its own flags.
+KERN_SRC := libqvl/device/cpu/kern.c
+ISA_generic :=
+ISA_avx2 := -mavx2 -mfma -mf16c
+ISA_avx512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+ISA_avx512_bf16 := $(ISA_avx512) -mavx512bf16
+ifeq ($(shell uname -m),x86_64)
+ISAS := generic avx2 avx512 avx512_bf16
+else
+ISAS := generic
+endif
+KERN_OBJ := $(ISAS:%=$(B)/libqvl/device/cpu/kern_%.o)
+
+.PHONY: all
+all: $(B)/libqvl.so $(LIB_A)
+
+$(B)/%.o: %.c
+	@mkdir -p $(@D)
+	$(SAY) CC $<
+	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -c $< -o $@
+
+$(B)/libqvl/device/cpu/kern_%.o: $(KERN_SRC)
+	@mkdir -p $(@D)
+	$(SAY) CC "$< ($*)"
+	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -O3 $(ISA_$*) -DQVL__ISA_$* -MMD -MP -c $< -o $@
+
+$(LIB_A): $(LIB_OBJ) $(KERN_OBJ)
+	$(SAY) AR $@
+	@rm -f $@
+	$(Q)$(AR) rcs $@ $^
+
+$(LIB_SO): $(LIB_OBJ) $(KERN_OBJ) libqvl/api/libqvl.map
+	$(SAY) LD $@
+	$(Q)$(CC) -shared $(SAN) -Wl,-soname,libqvl.so.$(SOVERSION) -Wl,--version-script,libqvl/api/libqvl.map -Wl,--no-undefined \
+		-o $@ $(LIB_OBJ) $(KERN_OBJ) $(LDFLAGS) $(LDLIBS_ALL)
+
+$(B)/libqvl.so: $(LIB_SO)
+	@ln -sf $(notdir $(LIB_SO)) $(B)/libqvl.so.$(SOVERSION)
+	@ln -sf $(notdir $(LIB_SO)) $@
+
+# Unit tests: one cmocka program for each tests/unit/test_*.c and tests/ops/test_*.c, linked with the static library.
+UNIT_SRC := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/engine/test_*.c)
+UNIT_BIN := $(UNIT_SRC:%.c=$(B)/%)
+$(B)/tests/%: tests/%.c $(LIB_A)
+	@mkdir -p $(@D)
+	$(SAY) CC $<
+	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -o $@ $< $(LIB_A) $(LDFLAGS) -lcmocka $(LDLIBS_ALL)
+
+.PHONY: unit unit-build
+unit-build: $(UNIT_BIN)
+unit: $(UNIT_BIN) ## the C tests
+	@for t in $(UNIT_BIN); do echo "== $$t"; $$t || exit 1; done
+
+# A python that has numpy and pytest; /usr/bin/python3 has them after "make deps".
+PYTHON = $(shell for p in $(PY) python3 /usr/bin/python3; do $$p -c 'import numpy, pytest' 2>/dev/null && echo $$p && break; done)
+PYTEST = QVL_LIBRARY=$(CURDIR)/$(B)/libqvl.so PYTHONPATH=$(CURDIR)/bindings/python $(PYTHON) -m pytest -q -p no:cacheprovider
+
+.PHONY: pytest
+pytest: all
+	$(PYTEST) tests/python
+
+# ---- what users type ----
+
+.PHONY: deps run test check help
+deps: ## install the Debian packages that are missing
+	@tools/deps.sh test
+
+run: ## describe a bundled picture with the bundled model, nothing downloaded
+	@tools/deps.sh build
+	@$(MAKE) --no-print-directory -j$$(nproc) $(B)/qvl
+	$(B)/qvl describe examples/images/shapes.png
+
+test: ## build everything, run all tests that fit ten minutes
+	@tools/deps.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) all unit-build
+	@$(MAKE) --no-print-directory unit pytest tool-test lint abi
+
+check: test ## the same as test: tests, lint and ABI together
+
+# ---- sanitizers: the same tests, compiled to catch what tests cannot see ----
+
+.PHONY: check-asan check-ubsan check-tsan
+check-asan: ## all tests under AddressSanitizer (and LeakSanitizer for the C ones)
+	@tools/deps.sh test
+	@$(MAKE) --no-print-directory CONFIG=asan -j$$(nproc) all unit-build
+	@$(MAKE) --no-print-directory CONFIG=asan unit
+	@ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) $(MAKE) --no-print-directory CONFIG=asan pytest
+check-ubsan: ## all tests under UndefinedBehaviorSanitizer
+	@tools/deps.sh test
+	@$(MAKE) --no-print-directory CONFIG=ubsan -j$$(nproc) all unit-build
+	@$(MAKE) --no-print-directory CONFIG=ubsan unit pytest
+check-tsan: ## the engine's thread tests under ThreadSanitizer
+	@tools/deps.sh test
+	@$(MAKE) --no-print-directory CONFIG=tsan -j$$(nproc) build/tsan/tests/engine/test_engine
+	build/tsan/tests/engine/test_engine
+
+# ---- install ----
+
+.PHONY: install clean
+install: all ## PREFIX=/usr/local, DESTDIR=
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/qvl/models
+	install -m 644 include/qvl.h bindings/cpp/qvl.hpp $(DESTDIR)$(PREFIX)/include/
+	install -m 755 $(LIB_SO) $(DESTDIR)$(LIBDIR)/
+	ln -sf $(notdir $(LIB_SO)) $(DESTDIR)$(LIBDIR)/libqvl.so.$(SOVERSION)
+	ln -sf $(notdir $(LIB_SO)) $(DESTDIR)$(LIBDIR)/libqvl.so
+	install -m 644 $(LIB_A) $(DESTDIR)$(LIBDIR)/
+	install -m 755 $(B)/qvl $(DESTDIR)$(PREFIX)/bin/
+	cd examples/models && find qvl-tiny -maxdepth 1 -type f -exec install -D -m 644 {} $(DESTDIR)$(PREFIX)/share/qvl/models/{} \;
+	printf 'prefix=%s\nName: qvl\nDescription: Qwen3-VL inference\nVersion: %s\nRequires.private: %s\nLibs: -L%s -lqvl\nLibs.private: -lm -lpthread\nCflags: -I%s/include\n' \
+		'$(PREFIX)' '$(VERSION)' '$(PKGS)' '$(LIBDIR)' '$(PREFIX)' > $(DESTDIR)$(LIBDIR)/pkgconfig/qvl.pc
+
+clean: ## remove build/
+	rm -rf build
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+-include $(shell find $(B) -name '*.d' 2>/dev/null)

@@ -1,0 +1,314 @@
+/* qvl.c - models, prompts, logits and the one-call answer (public functions).
+ *
+ * Job:        check arguments, put the parts of a model together, call inward.
+ * Input:      what qvl.h says.
+ * Output:     handles; JSON; numbers.
+ * Invariants: a model is immutable once loaded and counted: prompts and engines keep it alive.
+ */
+#include <inttypes.h>
+#include <jansson.h>
+#include <math.h>
+#include <string.h>
+
+#include "../engine/engine.h"
+
+#define LOGITS_ROWS 64 /* rows whose logits are in memory at a time in qvl_logits */
+
+/* ---- model ---- */
+
+static int choose_template(qvl_model *m, const char *path, const qvl_options *o) {
+    const char *asked = qvl__opt_str(o, "chat_template"), *own = m->config.chat_template;
+    for (int t = QVL__TEMPLATE_INSTRUCT; t <= QVL__TEMPLATE_TINY; t++)
+        if (strcmp(asked, qvl__template_name((qvl__template)t)) == 0) m->template_ = (qvl__template)t;
+    if (m->template_ != QVL__TEMPLATE_UNKNOWN || !own) return 0; /* none at all: refused when a chat is rendered */
+    m->template_ = qvl__template_recognise(own, strlen(own));
+    if (m->template_ != QVL__TEMPLATE_UNKNOWN) return 0;
+    return qvl__fail(QVL_EUNSUPPORTED, "%s: the chat template is not one that this library knows (Qwen3-VL Instruct, Thinking, qvl-tiny); "
+                     "if it renders like one of them, say so with option chat_template=instruct|thinking|qvl-tiny", path);
+}
+
+static int load(qvl_model *m, const char *path, const qvl_options *o) {
+    const char *dtype = qvl__opt_str(o, "dtype");
+    qvl_progress_fn progress;
+    void *ud;
+    qvl__opt_progress(o, &progress, &ud);
+    int rc = qvl__config_load(&m->config, path);
+    if (rc == 0) rc = choose_template(m, path, o);
+    if (rc == 0) rc = qvl__tokenizer_load(&m->tokenizer, path);
+    if (rc == 0 && qvl__token_limit(m->tokenizer) > m->config.text.vocab)
+        rc = qvl__fail(QVL_EFORMAT, "%s: the tokenizer has ids up to %d, config.json's vocab_size is %d", path, qvl__token_limit(m->tokenizer) - 1, m->config.text.vocab);
+    if (rc == 0) rc = qvl__pool_new(&m->pool, (int)qvl__opt_i64(o, "threads"));
+    if (rc == 0) rc = qvl__cpu_open(&m->device, m->pool, strcmp(dtype, "f32") != 0);
+    if (rc == 0) rc = qvl__rope_init(m);
+    if (rc == 0) rc = qvl__weights_load(&m->weights, &m->config, path, m->device, dtype, progress, ud);
+    m->kv_type = strcmp(dtype, "f32") == 0 ? QVL__F32 : QVL__BF16;
+    return rc;
+}
+
+int qvl_model_load(qvl_model **out, const char *path, const qvl_options *o) {
+    if (!out || !path) return qvl__fail(QVL_EINVAL, "qvl_model_load: out or path is NULL");
+    *out = NULL;
+    qvl_model *m = qvl__calloc(1, sizeof *m);
+    if (!m) return QVL_ENOMEM;
+    qvl__handle_born();
+    atomic_init(&m->refs, 1);
+    int rc = load(m, path, o);
+    if (rc) {
+        qvl_model_free(m);
+        return rc;
+    }
+    *out = m;
+    return 0;
+}
+
+void qvl_model_free(qvl_model *m) {
+    if (!m || atomic_fetch_sub(&m->refs, 1) != 1) return;
+    if (m->weights.text) qvl__weights_free(&m->weights, &m->config, m->device);
+    if (m->device) m->device->close(m->device);
+    qvl__pool_free(m->pool);
+    qvl__tokenizer_free(m->tokenizer);
+    qvl__config_free(&m->config);
+    qvl__free(m->text_inv_freq);
+    qvl__free(m->text_axis);
+    qvl__free(m);
+    qvl__handle_gone();
+}
+
+const qvl_tokenizer *qvl_model_tokenizer(const qvl_model *m) { return m ? m->tokenizer : NULL; }
+
+int qvl_model_info(const qvl_model *m, char **json) {
+    if (!m || !json) return qvl__fail(QVL_EINVAL, "qvl_model_info: model or json is NULL");
+    *json = NULL;
+    const qvl__text_config *t = &m->config.text;
+    const qvl__vision_config *v = &m->config.vision;
+    const qvl__generation_config *g = &m->config.generation;
+    static const char *const types[] = {"f32", "bf16", "f16"};
+    qvl__buf b = {0};
+    qvl__buf_puts(&b, "{\"family\": ");
+    qvl__json_quote(&b, m->config.family, strlen(m->config.family));
+    qvl__buf_printf(&b, ", \"template\": \"%s\", \"dtype\": \"%s\", \"kv_dtype\": \"%s\", \"device\": \"%s\", \"isa\": \"%s\", \"threads\": %d, ",
+                    qvl__template_name(m->template_), types[m->weights.type], types[m->kv_type], m->device->name, m->device->isa, qvl__pool_threads(m->pool));
+    qvl__buf_printf(&b, "\"bf16_math\": %s, \"weight_bytes\": %" PRIu64 ", \"parameters\": %" PRIu64 ", \"vocab_size\": %d, \"max_context\": %d, ",
+                    m->device->bf16_math ? "true" : "false", m->weights.bytes, m->weights.parameters, t->vocab, t->max_positions);
+    qvl__buf_printf(&b, "\"text\": {\"hidden\": %d, \"layers\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"intermediate\": %d, \"rope_theta\": %.17g, "
+                    "\"mrope_section\": [%d, %d, %d], \"tied\": %s}, ", t->hidden, t->layers, t->heads, t->kv_heads, t->head_dim, t->inter, t->rope_theta,
+                    t->mrope_section[0], t->mrope_section[1], t->mrope_section[2], t->tied ? "true" : "false");
+    qvl__buf_printf(&b, "\"vision\": {\"hidden\": %d, \"depth\": %d, \"heads\": %d, \"intermediate\": %d, \"patch\": %d, \"merge\": %d, \"deepstack\": [", v->hidden,
+                    v->depth, v->heads, v->inter, m->config.processor.patch, m->config.processor.merge);
+    for (int i = 0; i < v->n_deepstack; i++) qvl__buf_printf(&b, "%s%d", i ? ", " : "", v->deepstack[i]);
+    qvl__buf_printf(&b, "], \"min_pixels\": %" PRId64 ", \"max_pixels\": %" PRId64 "}, ", m->config.processor.min_pixels, m->config.processor.max_pixels);
+    qvl__buf_printf(&b, "\"generation\": {\"temperature\": %g, \"top_p\": %g, \"top_k\": %d, \"repetition_penalty\": %g, \"eos_token_ids\": [", g->temperature,
+                    g->top_p, g->top_k, g->repetition_penalty);
+    for (int i = 0; i < g->n_eos; i++) qvl__buf_printf(&b, "%s%d", i ? ", " : "", g->eos[i]);
+    qvl__buf_puts(&b, "]}, \"weights_id\": \"");
+    for (int i = 0; i < 32; i++) qvl__buf_printf(&b, "%02x", m->weights.id[i]);
+    qvl__buf_puts(&b, "\"}");
+    if (b.failed) {
+        qvl__buf_free(&b);
+        return QVL_ENOMEM;
+    }
+    *json = b.data;
+    return 0;
+}
+
+/* ---- vision ---- */
+
+int qvl_patches(const qvl_model *m, const qvl_image *im, const qvl_options *o, float **patches, int32_t thw[3]) {
+    if (!m || !im || !patches || !thw) return qvl__fail(QVL_EINVAL, "qvl_patches: an argument is NULL");
+    *patches = NULL;
+    qvl__visual *v;
+    int rc = qvl__visual_from_image(&v, &m->config, im, o, m->pool);
+    if (rc) return rc;
+    int n = v->h * v->w, p = m->config.processor.patch;
+    float *f = qvl__array(NULL, (size_t)n, 1536 * sizeof(float));
+    if (f) {
+        qvl__patches_cut(f, v->frames, v->frames, v->h * p, v->w * p, 0, n, &m->config.processor);
+        thw[0] = v->t, thw[1] = v->h, thw[2] = v->w;
+        *patches = f;
+    } else rc = QVL_ENOMEM;
+    qvl__visual_free(v);
+    return rc;
+}
+
+int qvl_encode_image(const qvl_model *m, const qvl_image *im, const qvl_options *o, qvl_embedding **out) {
+    if (!m || !im || !out) return qvl__fail(QVL_EINVAL, "qvl_encode_image: an argument is NULL");
+    *out = NULL;
+    qvl__visual *v;
+    int rc = qvl__visual_from_image(&v, &m->config, im, o, m->pool);
+    if (rc) return rc;
+    rc = qvl__vision_forward((qvl_model *)(uintptr_t)m, v, out);
+    qvl__visual_free(v);
+    return rc;
+}
+
+int qvl_embedding_from_bytes(qvl_embedding **out, const qvl_model *m, const void *data, size_t size) {
+    if (!out || !m || (!data && size)) return qvl__fail(QVL_EINVAL, "qvl_embedding_from_bytes: an argument is NULL");
+    return qvl__embedding_from_bytes(out, m->weights.id, data, size);
+}
+
+/* ---- prompts ---- */
+
+int qvl_render_chat(const qvl_model *m, const char *messages, const char *tools, const qvl_options *o, char **text) {
+    if (!m || !messages || !text) return qvl__fail(QVL_EINVAL, "qvl_render_chat: model, messages or text is NULL");
+    *text = NULL;
+    json_t *msgs = NULL, *tool_list = NULL;
+    qvl__chat chat = {0};
+    int rc = qvl__json_parse(&msgs, messages, strlen(messages), "messages");
+    if (rc == 0 && tools) rc = qvl__json_parse(&tool_list, tools, strlen(tools), "tools");
+    if (rc == 0)
+        rc = qvl__chat_render(&chat, m->template_, msgs, tool_list, qvl__opt_i64(o, "add_generation_prompt") != 0,
+                              qvl__opt_i64(o, "add_vision_id") != 0, true);
+    if (rc == 0) {
+        *text = chat.text.data;
+        chat.text = (qvl__buf){0};
+    }
+    qvl__chat_free(&chat);
+    json_decref(tool_list);
+    json_decref(msgs);
+    return rc;
+}
+
+/* A prompt of the model: gives it the reference, or passes the failure on. */
+static int adopt(qvl_prompt *p, const qvl_model *m, int rc, qvl_prompt **out) {
+    if (rc) return rc;
+    p->model = (qvl_model *)(uintptr_t)m;
+    atomic_fetch_add(&p->model->refs, 1);
+    qvl__handle_born();
+    *out = p;
+    return 0;
+}
+
+static qvl__encoder encoder_of(const qvl_model *m) {
+    return (qvl__encoder){&m->config, m->tokenizer, m->template_, m->weights.id, m->pool};
+}
+
+int qvl_prompt_new(qvl_prompt **out, const qvl_model *m, const char *messages, const char *tools, const qvl_media *media, const qvl_options *o) {
+    if (!out || !m || !messages) return qvl__fail(QVL_EINVAL, "qvl_prompt_new: out, model or messages is NULL");
+    *out = NULL;
+    qvl__encoder e = encoder_of(m);
+    qvl_prompt *p = NULL;
+    int rc = qvl__prompt_new(&p, &e, messages, tools, media, o);
+    return adopt(p, m, rc, out);
+}
+
+int qvl_prompt_from_tokens(qvl_prompt **out, const qvl_model *m, const int32_t *ids, size_t n) {
+    if (!out || !m || (!ids && n)) return qvl__fail(QVL_EINVAL, "qvl_prompt_from_tokens: out, model or ids is NULL");
+    *out = NULL;
+    qvl__encoder e = encoder_of(m);
+    qvl_prompt *p = NULL;
+    int rc = qvl__prompt_from_tokens(&p, &e, ids, n);
+    return adopt(p, m, rc, out);
+}
+
+void qvl_prompt_free(qvl_prompt *p) {
+    if (!p) return;
+    qvl_model *m = p->model;
+    bool last = atomic_load(&p->refs) == 1;
+    qvl__prompt_free(p);
+    if (!last) return;
+    qvl_model_free(m);
+    qvl__handle_gone();
+}
+
+int qvl_prompt_tokens(const qvl_prompt *p, const int32_t **ids, size_t *n) {
+    if (!p) return qvl__fail(QVL_EINVAL, "qvl_prompt_tokens: prompt is NULL");
+    if (ids) *ids = p->tokens;
+    if (n) *n = p->n;
+    return 0;
+}
+
+int qvl_prompt_positions(const qvl_prompt *p, const int32_t **positions, size_t *n) {
+    if (!p) return qvl__fail(QVL_EINVAL, "qvl_prompt_positions: prompt is NULL");
+    if (positions) *positions = p->positions;
+    if (n) *n = p->n;
+    return 0;
+}
+
+const char *qvl_prompt_text(const qvl_prompt *p) { return p && p->text ? p->text : ""; }
+
+/* ---- teacher-forced logits ---- */
+
+typedef struct {
+    qvl_model *m;
+    const qvl_prompt *p;
+    qvl_embedding **embeddings; /* of p->visuals */
+    qvl__kv kv;
+    qvl__text_ws ws;
+    int32_t *table, *tokens, *seq, *pos, *out_row, *positions, *visual_row, *visual_index;
+    const qvl_embedding **visual_src;
+} forced;
+
+static void forced_free(forced *f) {
+    for (int i = 0; f->embeddings && i < f->p->n_visuals; i++) qvl_embedding_free(f->embeddings[i]);
+    qvl__free(f->embeddings);
+    qvl__text_ws_free(&f->ws, f->m);
+    f->m->device->kv_free(f->m->device, &f->kv);
+    void *const all[] = {f->table, f->tokens, f->seq, f->pos, f->out_row, f->positions, f->visual_row, f->visual_index, f->visual_src};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) qvl__free(all[i]);
+}
+
+static int forced_new(forced *f) {
+    const qvl__text_config *t = &f->m->config.text;
+    size_t rows = LOGITS_ROWS;
+    int blocks = qvl__blocks_for((int64_t)f->p->n);
+    int rc = f->m->device->kv_new(f->m->device, &f->kv, f->m->kv_type, t->layers, t->kv_heads, t->head_dim, blocks);
+    if (rc == 0) rc = qvl__text_ws_new(&f->ws, f->m, LOGITS_ROWS, LOGITS_ROWS, 1, blocks);
+    if (rc) return rc;
+    f->embeddings = qvl__calloc((size_t)f->p->n_visuals + 1, sizeof *f->embeddings);
+    f->table = qvl__array(NULL, (size_t)blocks, sizeof(int32_t));
+    f->tokens = qvl__array(NULL, rows, sizeof(int32_t));
+    f->seq = qvl__calloc(rows, sizeof(int32_t));
+    f->pos = qvl__array(NULL, rows, sizeof(int32_t));
+    f->out_row = qvl__array(NULL, rows, sizeof(int32_t));
+    f->positions = qvl__array(NULL, rows, 3 * sizeof(int32_t));
+    f->visual_row = qvl__array(NULL, rows, sizeof(int32_t));
+    f->visual_index = qvl__array(NULL, rows, sizeof(int32_t));
+    f->visual_src = qvl__array(NULL, rows, sizeof(void *));
+    if (!f->embeddings || !f->table || !f->tokens || !f->seq || !f->pos || !f->out_row || !f->positions || !f->visual_row || !f->visual_index || !f->visual_src)
+        return QVL_ENOMEM;
+    for (int i = 0; i < blocks; i++) f->table[i] = i;
+    for (int i = 0; i < f->p->n_visuals && rc == 0; i++) {
+        const qvl__visual *v = f->p->visuals[i];
+        if (v->embedding) f->embeddings[i] = qvl__embedding_ref(v->embedding);
+        else rc = qvl__vision_forward(f->m, v, &f->embeddings[i]);
+    }
+    return rc;
+}
+
+static void forced_chunk(forced *f, int first, int rows, float *out) {
+    const qvl_prompt *p = f->p;
+    int visual_rows = 0;
+    for (int k = 0; k < rows; k++) {
+        f->tokens[k] = p->tokens[first + k];
+        f->pos[k] = first + k;
+        f->out_row[k] = k;
+        for (int axis = 0; axis < 3; axis++) f->positions[axis * rows + k] = p->positions[(size_t)axis * p->n + (size_t)(first + k)];
+        for (int r = 0; r < p->n_runs; r++) {
+            int at = first + k - (int)p->runs[r].start;
+            if (at < 0 || at >= p->runs[r].tokens) continue;
+            f->visual_row[visual_rows] = k;
+            f->visual_src[visual_rows] = f->embeddings[p->runs[r].visual];
+            f->visual_index[visual_rows++] = p->runs[r].offset + at;
+        }
+    }
+    qvl__batch b = {.rows = rows, .seqs = 1, .tokens = f->tokens, .positions = f->positions, .seq = f->seq, .pos = f->pos, .table = f->table,
+                    .visual_rows = visual_rows, .visual_row = f->visual_row, .visual_src = f->visual_src, .visual_index = f->visual_index,
+                    .outs = rows, .out_row = f->out_row};
+    qvl__text_forward(f->m, &f->kv, &f->ws, &b);
+    size_t vocab = (size_t)f->m->config.text.vocab;
+    f->m->device->get(f->m->device, out, f->ws.logits, (size_t)rows * vocab * sizeof(float));
+}
+
+int qvl_logits(const qvl_model *m, const qvl_prompt *p, float *out, size_t out_floats) {
+    if (!m || !p || !out) return qvl__fail(QVL_EINVAL, "qvl_logits: an argument is NULL");
+    if (p->model != m) return qvl__fail(QVL_EINVAL, "qvl_logits: the prompt was made for another model");
+    size_t vocab = (size_t)m->config.text.vocab;
+    if (out_floats != p->n * vocab) return qvl__fail(QVL_EINVAL, "qvl_logits: out has %zu floats, %zu x %zu are needed", out_floats, p->n, vocab);
+    if (p->n > (size_t)m->config.text.max_positions)
+        return qvl__fail(QVL_ECONTEXT, "the prompt has %zu tokens, the model's max_position_embeddings is %d", p->n, m->config.text.max_positions);
+    forced f = {.m = (qvl_model *)(uintptr_t)m, .p = p};
+    int rc = forced_new(&f), n = (int)p->n;
+    for (int i = 0; rc == 0 && i < n; i += LOGITS_ROWS) forced_chunk(&f, i, n - i < LOGITS_ROWS ? n - i : LOGITS_ROWS, out + (size_t)i * vocab);
+    forced_free(&f);
+    return rc;
+}

@@ -1,0 +1,114 @@
+/* checkpoint.h - a Hugging Face directory as typed shapes and packed weights.
+ *
+ * Job:        config.json and friends to qvl__config; safetensors shards to qvl__weights on a device.
+ * Input:      a directory as published (Qwen3-VL) or as saved by transformers 5.
+ * Output:     shapes that passed every check; weights in the device's layout.
+ * Invariants: shapes come from config.json alone; every tensor in the files is used exactly once, and an unknown,
+ *             missing, extra or misshapen one is refused by name; offsets are checked before they are followed.
+ */
+#ifndef QVL__CHECKPOINT_H
+#define QVL__CHECKPOINT_H
+
+#include "../base/base.h"
+#include "../device/device.h"
+
+#define QVL__MAX_DEEPSTACK 8
+#define QVL__MAX_EOS 16
+
+/* What preprocessor_config.json and video_preprocessor_config.json say. */
+typedef struct {
+    int patch, merge, temporal;       /* 16, 2, 2 */
+    int64_t min_pixels, max_pixels;   /* image: height x width */
+    int64_t video_min_pixels, video_max_pixels; /* video: frames x height x width */
+    int min_frames, max_frames;       /* 4, 768 */
+    double fps;                       /* frames a second taken from a video, 2 */
+    float mean[3], std[3];
+} qvl__processor;
+
+typedef struct {
+    int vocab, hidden, layers, heads, kv_heads, head_dim, inter, max_positions;
+    float eps;
+    double rope_theta;
+    int mrope_section[3];
+    bool tied;
+} qvl__text_config;
+
+typedef struct {
+    int hidden, depth, heads, inter, out_hidden, in_channels, positions; /* positions = side * side */
+    int deepstack[QVL__MAX_DEEPSTACK], n_deepstack;
+} qvl__vision_config;
+
+/* generation_config.json: what a request that sets nothing gets. */
+typedef struct {
+    double temperature, top_p, repetition_penalty;
+    int top_k;
+    int32_t eos[QVL__MAX_EOS];
+    int n_eos;
+} qvl__generation_config;
+
+typedef struct {
+    char family[32]; /* model_type */
+    qvl__text_config text;
+    qvl__vision_config vision;
+    qvl__processor processor;
+    qvl__generation_config generation;
+    int32_t image_token, video_token, vision_start, vision_end;
+    char *chat_template; /* text, or NULL when the checkpoint has none */
+} qvl__config;
+int qvl__config_load(qvl__config *c, const char *dir);
+void qvl__config_free(qvl__config *c);
+
+/* ---- safetensors.c ---- */
+
+typedef struct {
+    char *name;
+    char dtype[8]; /* as written: "BF16", "F16", "F32", ... */
+    int64_t shape[8];
+    int rank;
+    const uint8_t *data; /* inside a mapping */
+    uint64_t bytes;
+    int shard;
+    bool used;
+} qvl__tensor;
+typedef struct {
+    qvl__tensor *tensors; /* sorted by name */
+    size_t n;
+    qvl__map *maps;
+    char **paths;
+    int n_maps;
+} qvl__safetensors;
+int qvl__safetensors_open(qvl__safetensors *s, const char *dir);
+void qvl__safetensors_close(qvl__safetensors *s);
+qvl__tensor *qvl__safetensors_find(qvl__safetensors *s, const char *name);
+
+/* ---- weights.c ---- */
+
+typedef struct {
+    float *norm1_w, *norm1_b, *norm2_w, *norm2_b, *qkv_b, *proj_b, *fc1_b, *fc2_b;
+    qvl__matrix qkv, proj, fc1, fc2;
+} qvl__vision_layer;
+typedef struct {
+    float *norm_w, *norm_b, *fc1_b, *fc2_b;
+    qvl__matrix fc1, fc2;
+} qvl__merger;
+typedef struct {
+    float *input_norm, *post_norm, *q_norm, *k_norm;
+    qvl__matrix qkv, o, gate_up, down;
+} qvl__text_layer;
+typedef struct {
+    qvl__matrix embed, lm_head; /* tied: lm_head is a copy of embed's descriptor */
+    float *norm;
+    qvl__text_layer *text;
+    qvl__matrix patch;
+    float *patch_b, *pos_embed;
+    qvl__vision_layer *vision;
+    qvl__merger merger, deepstack[QVL__MAX_DEEPSTACK];
+    uint64_t bytes, parameters;
+    uint8_t id[32]; /* SHA-256 over names, types, shapes and sampled contents */
+    qvl__type type; /* type of most weights */
+} qvl__weights;
+int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
+                      qvl_progress_fn progress, void *ud);
+void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d);
+
+#endif

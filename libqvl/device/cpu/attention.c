@@ -1,0 +1,329 @@
+/* attention.c - the paged KV cache and softmax attention over it; the same walk for vision.
+ *
+ * Job:        write keys and values, attend to them.
+ * Input:      qkv rows; a block table (text) or plain rows (vision).
+ * Output:     rows of heads * head_dim floats.
+ * Invariants: a query row walks the key blocks in order, QVL__KV_BLOCK keys at a time, with a running maximum and sum of
+ *             its own, so it does the same operations alone as in a tile with other rows;
+ *             scores past a row's own last key are overwritten before anything reads them, and values past it are not
+ *             read at all: old or uninitialised cache contents (NaN included) never reach a result.
+ *
+ * A block of one layer and KV head holds K, then V, with dim = head_dim rounded up to 16:
+ *   K: 2 panels of 16 tokens: [2][dim][16]         (a product q k^T is the matrix tile with k = head_dim)
+ *   V: dim / 16 panels of 16 columns: [dim / 16][32 tokens][16]   (p v is the matrix tile with k = tokens)
+ * BF16 as in panel.c: neighbours in k (dimensions in K, tokens in V) are interleaved in pairs.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "cpu.h"
+
+#define BLOCK QVL__KV_BLOCK
+#define TILES 512 /* query tiles listed at a time, on the stack */
+
+static int padded(int head_dim) { return qvl__div_up(head_dim, QVL__PANEL) * QVL__PANEL; }
+static size_t half_bytes(qvl__type type, int dim) { return (size_t)BLOCK * (size_t)dim * qvl__type_size(type); } /* K or V */
+
+/* ---- cache ---- */
+
+int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks) {
+    (void)d;
+    memset(kv, 0, sizeof *kv);
+    if (type != QVL__F32 && type != QVL__BF16) return qvl__fail(QVL_EUNSUPPORTED, "the KV cache is F32 or BF16");
+    if (layers <= 0 || kv_heads <= 0 || blocks <= 0 || head_dim <= 0)
+        return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d layers, %d heads of %d and %d blocks", layers, kv_heads, head_dim, blocks);
+    if (head_dim % 2 || head_dim > QVL__ATTN_MAX_DIM)
+        return qvl__fail(QVL_EUNSUPPORTED, "head_dim is %d: it must be even and at most %d", head_dim, QVL__ATTN_MAX_DIM);
+    size_t block = 2 * half_bytes(type, padded(head_dim)); /* at most 2^17 */
+    if ((size_t)layers > SIZE_MAX / block / (size_t)kv_heads / (size_t)blocks)
+        return qvl__fail(QVL_ENOMEM, "a KV cache of %d blocks does not fit the address space", blocks);
+    block *= (size_t)layers * (size_t)kv_heads;
+    *kv = (qvl__kv){type, layers, kv_heads, head_dim, blocks, block, NULL};
+    kv->data = qvl__pages(block * (size_t)blocks);
+    return kv->data ? 0 : QVL_ENOMEM;
+}
+
+void qvl__cpu_kv_free(qvl__device *d, qvl__kv *kv) {
+    (void)d;
+    if (kv->data) qvl__pages_free(kv->data, kv->block_bytes * (size_t)kv->blocks);
+    memset(kv, 0, sizeof *kv);
+}
+
+/* Block 0 of a layer and KV head; block b lies b * block_bytes further. */
+static char *kv_base(const qvl__kv *kv, int layer, int head) {
+    return (char *)kv->data + ((size_t)layer * (size_t)kv->kv_heads + (size_t)head) * 2 * half_bytes(kv->type, padded(kv->head_dim));
+}
+
+/* Token t (0..31) of a block. tmp is room for head_dim numbers of 16 bits. */
+static void store_k(const struct qvl__kern *k, qvl__type type, char *block, int t, int dim, const float *x, int n, uint16_t *tmp) {
+    if (type == QVL__F32) {
+        float *p = (float *)(void *)block + (size_t)(t / 16) * (size_t)dim * 16 + t % 16;
+        for (int i = 0; i < n; i++) p[(size_t)i * 16] = x[i];
+    } else {
+        uint16_t *p = (uint16_t *)(void *)block + (size_t)(t / 16) * (size_t)dim * 16 + t % 16 * 2;
+        k->narrow(tmp, x, n);
+        for (int i = 0; i < n; i++) p[(size_t)(i / 2) * 32 + i % 2] = tmp[i];
+    }
+}
+
+static void store_v(const struct qvl__kern *k, qvl__type type, char *block, int t, const float *x, int n, uint16_t *tmp) {
+    if (type == QVL__F32) {
+        float *p = (float *)(void *)block + (size_t)t * 16;
+        for (int i = 0; i < n; i += 16) memcpy(p + (size_t)i * BLOCK, x + i, (size_t)(n - i < 16 ? n - i : 16) * sizeof(float));
+    } else {
+        uint16_t *p = (uint16_t *)(void *)block + (size_t)(t / 2) * 32 + t % 2;
+        k->narrow(tmp, x, n);
+        for (int i = 0; i < n; i++) p[(size_t)(i / 16) * BLOCK * 16 + i % 16 * 2] = tmp[i];
+    }
+}
+
+typedef struct {
+    const struct qvl__kern *k;
+    float *qkv;
+    int heads;
+    const float *q_norm, *k_norm, *cos, *sin;
+    float eps;
+    const qvl__kv *kv;
+    int layer;
+    const qvl__ragged *b;
+    int tasks;
+} write_job;
+
+static void write_task(void *ctx, int task, int worker) {
+    (void)worker;
+    const write_job *j = ctx;
+    const qvl__kv *kv = j->kv;
+    int n = kv->head_dim, dim = padded(n);
+    size_t ld = (size_t)(j->heads + 2 * kv->kv_heads) * (size_t)n;
+    uint16_t tmp[QVL__ATTN_MAX_DIM];
+    for (int r = qvl__cpu_cut(j->b->rows, task, j->tasks); r < qvl__cpu_cut(j->b->rows, task + 1, j->tasks); r++) {
+        float *x = j->qkv + (size_t)r * ld;
+        const float *cos = j->cos + (size_t)r * (size_t)(n / 2), *sin = j->sin + (size_t)r * (size_t)(n / 2);
+        for (int h = 0; h < j->heads + kv->kv_heads; h++) { /* k is turned in place as well, before it is stored */
+            float *v = x + (size_t)h * (size_t)n;
+            j->k->rms_norm(v, v, h < j->heads ? j->q_norm : j->k_norm, n, j->eps);
+            j->k->rope(v, cos, sin, n / 2);
+        }
+        int pos = j->b->pos[r];
+        size_t block = (size_t)j->b->table[(size_t)j->b->seq[r] * (size_t)j->b->stride + (size_t)(pos / BLOCK)];
+        for (int h = 0; h < kv->kv_heads; h++) {
+            char *to = kv_base(kv, j->layer, h) + block * kv->block_bytes;
+            const float *key = x + (size_t)(j->heads + h) * (size_t)n;
+            store_k(j->k, kv->type, to, pos % BLOCK, dim, key, n, tmp);
+            store_v(j->k, kv->type, to + half_bytes(kv->type, dim), pos % BLOCK, key + (size_t)kv->kv_heads * (size_t)n, n, tmp);
+        }
+    }
+}
+
+void qvl__cpu_qk_norm_rope_kv(qvl__device *d, float *qkv, int heads, const float *q_norm, const float *k_norm, float eps,
+                              const float *cos, const float *sin, qvl__kv *kv, int layer, const qvl__ragged *b) {
+    if (b->rows <= 0) return;
+    write_job j = {qvl__cpu_kern(d), qkv, heads, q_norm, k_norm, cos, sin, eps, kv, layer, b, 0};
+    j.tasks = qvl__cpu_tasks(d, b->rows, (size_t)(heads + 2 * kv->kv_heads) * (size_t)kv->head_dim);
+    qvl__pool_run(d->pool, j.tasks, write_task, &j);
+}
+
+/* ---- one tile of query rows against one head's blocks ---- */
+
+typedef struct {
+    qvl__type type;
+    int head_dim, dim;
+    const char *base;     /* block 0 */
+    size_t block_bytes;   /* from one block to the next */
+    const int32_t *table; /* NULL: blocks lie in order */
+} keys;
+
+/* Scratch of a tile, QVL__ATTN_FLOATS(dim) floats. */
+typedef struct {
+    float *q, *o, *s, *wide_k, *wide_v;
+    float max[QVL__ATTN_ROWS], sum[QVL__ATTN_ROWS];
+    int limit[QVL__ATTN_ROWS]; /* keys that the row sees; ascending */
+    int rows;
+} qtile;
+
+static void tile_init(qtile *t, float *scratch, int dim) {
+    size_t n = (size_t)QVL__ATTN_ROWS * (size_t)dim;
+    t->q = scratch;
+    t->o = t->q + n;
+    t->s = t->o + n;
+    t->wide_k = t->s + QVL__ATTN_ROWS * BLOCK;
+    t->wide_v = t->wide_k + (size_t)BLOCK * (size_t)dim;
+    t->rows = 0;
+}
+
+static void tile_add(qtile *t, const keys *ks, const float *q, int limit) {
+    memcpy(t->q + (size_t)t->rows * (size_t)ks->dim, q, (size_t)ks->head_dim * sizeof(float));
+    t->limit[t->rows] = limit;
+    t->max[t->rows] = -INFINITY;
+    t->sum[t->rows] = 0;
+    t->rows++;
+}
+
+static int row_keys(const qtile *t, int r, int b) {
+    int n = t->limit[r] - b * BLOCK;
+    return n > BLOCK ? BLOCK : n;
+}
+
+static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
+    size_t dim = (size_t)ks->dim;
+    float scale = 1.0f / sqrtf((float)ks->head_dim);
+    memset(t->o, 0, (size_t)t->rows * dim * sizeof(float));
+    int first = 0;
+    for (int b = 0; b * BLOCK < t->limit[t->rows - 1]; b++) {
+        while (t->limit[first] <= b * BLOCK) first++; /* rows that end before this block */
+        qvl__type type = ks->type;
+        const void *kp = ks->base + (size_t)(ks->table ? ks->table[b] : b) * ks->block_bytes;
+        const void *vp = (const char *)kp + half_bytes(type, ks->dim);
+        if (type != QVL__F32 && t->rows - first > k->mr) { /* worth converting once for all tiles: exact, so no bit changes */
+            k->widen(type, t->wide_k, kp, 2 * ks->dim);
+            k->widen(type, t->wide_v, vp, ks->dim / QVL__PANEL * BLOCK);
+            type = QVL__F32;
+            kp = t->wide_k;
+            vp = t->wide_v;
+        }
+        size_t k_panel = dim * QVL__PANEL * qvl__type_size(type), v_panel = (size_t)BLOCK * QVL__PANEL * qvl__type_size(type);
+        k->gemm(type, t->s + (size_t)first * BLOCK, BLOCK, t->q + (size_t)first * dim, dim, kp, k_panel, t->rows - first, 2,
+                ks->head_dim, false);
+        for (int r = first; r < t->rows; r++)
+            k->softmax_step(t->s + (size_t)r * BLOCK, row_keys(t, r, b), scale, &t->max[r], &t->sum[r], t->o + (size_t)r * dim, ks->dim);
+        for (int r = first, end; r < t->rows; r = end) { /* rows that see equally many keys go together */
+            int n = row_keys(t, r, b);
+            for (end = r + 1; end < t->rows && row_keys(t, end, b) == n; end++) {}
+            k->gemm(type, t->o + (size_t)r * dim, dim, t->s + (size_t)r * BLOCK, BLOCK, vp, v_panel, end - r, ks->dim / QVL__PANEL, n, true);
+        }
+    }
+}
+
+/* ---- text ---- */
+
+typedef struct {
+    const qvl__device *d;
+    float *out;
+    const float *qkv;
+    int heads, layer;
+    const qvl__kv *kv;
+    const qvl__ragged *b;
+    int group, chunk, chunks; /* query heads of a KV head; of a task; tasks that makes */
+    int tiles;
+    struct {
+        int first, count;
+    } tile[TILES];
+} paged_job;
+
+static void paged_task(void *ctx, int task, int worker) {
+    const paged_job *j = ctx;
+    const qvl__kv *kv = j->kv;
+    const qvl__ragged *b = j->b;
+    int per_tile = kv->kv_heads * j->chunks;
+    int tile = j->tiles - 1 - task / per_tile; /* later tokens see more keys: start with the long ones */
+    int kv_head = task % per_tile / j->chunks, g0 = task % j->chunks * j->chunk;
+    int gn = j->group - g0 < j->chunk ? j->group - g0 : j->chunk;
+    int first = j->tile[tile].first, count = j->tile[tile].count;
+    size_t n = (size_t)kv->head_dim, ld = (size_t)(j->heads + 2 * kv->kv_heads) * n;
+    size_t h0 = (size_t)(kv_head * j->group + g0);
+
+    keys ks = {kv->type, kv->head_dim, padded(kv->head_dim), kv_base(kv, j->layer, kv_head), kv->block_bytes,
+               b->table + (size_t)b->seq[first] * (size_t)b->stride};
+    qtile t;
+    tile_init(&t, qvl__cpu_scratch(j->d, worker), ks.dim);
+    for (int r = first; r < first + count; r++)
+        for (int g = 0; g < gn; g++) tile_add(&t, &ks, j->qkv + (size_t)r * ld + (h0 + (size_t)g) * n, b->pos[r] + 1);
+    const struct qvl__kern *k = qvl__cpu_kern(j->d);
+    attend(k, &ks, &t);
+    for (int i = 0; i < t.rows; i++)
+        k->divide(j->out + ((size_t)(first + i / gn) * (size_t)j->heads + h0 + (size_t)(i % gn)) * n, t.o + (size_t)i * (size_t)ks.dim,
+                  t.sum[i], kv->head_dim);
+}
+
+void qvl__cpu_attention_paged(qvl__device *d, float *out, const float *qkv, int heads, const qvl__kv *kv, int layer,
+                              const qvl__ragged *b) {
+    paged_job j = {.d = d, .out = out, .qkv = qkv, .heads = heads, .layer = layer, .kv = kv, .b = b};
+    j.group = heads / kv->kv_heads;
+    j.chunk = j.group < QVL__ATTN_ROWS ? j.group : QVL__ATTN_ROWS;
+    j.chunks = qvl__div_up(j.group, j.chunk);
+    int tokens = QVL__ATTN_ROWS / j.chunk;
+    for (int r = 0; r < b->rows;) {
+        for (j.tiles = 0; r < b->rows && j.tiles < TILES; j.tiles++) {
+            int n = 1;
+            while (r + n < b->rows && n < tokens && b->seq[r + n] == b->seq[r]) n++;
+            j.tile[j.tiles].first = r;
+            j.tile[j.tiles].count = n;
+            r += n;
+        }
+        qvl__pool_run(d->pool, j.tiles * kv->kv_heads * j.chunks, paged_task, &j);
+    }
+}
+
+/* ---- vision: every (span, head) is packed into blocks in scratch, then walked as above ---- */
+
+static size_t full_slice(int span, int dim) { return (size_t)qvl__div_up(span, BLOCK) * 2 * half_bytes(QVL__F32, dim); }
+
+size_t qvl__cpu_attention_full_scratch(qvl__device *d, int span, int head_dim) {
+    int dim = padded(head_dim);
+    return (size_t)qvl__cpu_threads(d) * (full_slice(span, dim) + QVL__ATTN_FLOATS(dim) * sizeof(float));
+}
+
+typedef struct {
+    const qvl__device *d;
+    float *out;
+    const float *qkv;
+    int span, heads, head_dim, dim;
+    char *slices;         /* one (span, head) each */
+    float *tiles;         /* one per worker */
+    int first;            /* number of the (span, head) in slice 0 */
+    int per_pair;         /* tasks of one (span, head) */
+} full_job;
+
+#define PACK_BLOCKS 8
+
+static void full_pack(void *ctx, int task, int worker) {
+    (void)worker;
+    const full_job *j = ctx;
+    int pair = task / j->per_pair, row_span = (j->first + pair) / j->heads, head = (j->first + pair) % j->heads;
+    int n = j->head_dim;
+    size_t ld = 3 * (size_t)j->heads * (size_t)n, half = half_bytes(QVL__F32, j->dim);
+    char *slice = j->slices + (size_t)pair * full_slice(j->span, j->dim);
+    const float *base = j->qkv + (size_t)row_span * (size_t)j->span * ld + (size_t)head * (size_t)n;
+    int t = task % j->per_pair * PACK_BLOCKS * BLOCK, end = t + PACK_BLOCKS * BLOCK;
+    if (end > j->span) end = j->span;
+    for (; t < end; t++) {
+        char *block = slice + (size_t)(t / BLOCK) * 2 * half;
+        if (t % BLOCK == 0) memset(block, 0, 2 * half);
+        const float *key = base + (size_t)t * ld + (size_t)j->heads * (size_t)n;
+        store_k(NULL, QVL__F32, block, t % BLOCK, j->dim, key, n, NULL);
+        store_v(NULL, QVL__F32, block + half, t % BLOCK, key + (size_t)j->heads * (size_t)n, n, NULL);
+    }
+}
+
+static void full_task(void *ctx, int task, int worker) {
+    const full_job *j = ctx;
+    const struct qvl__kern *k = qvl__cpu_kern(j->d);
+    int pair = task / j->per_pair, row_span = (j->first + pair) / j->heads, head = (j->first + pair) % j->heads;
+    size_t n = (size_t)j->head_dim, half = half_bytes(QVL__F32, j->dim);
+    keys ks = {QVL__F32, j->head_dim, j->dim, j->slices + (size_t)pair * full_slice(j->span, j->dim), 2 * half, NULL};
+    qtile t;
+    tile_init(&t, j->tiles + (size_t)worker * QVL__ATTN_FLOATS(j->dim), j->dim);
+    int r0 = task % j->per_pair * QVL__ATTN_ROWS, r1 = j->span - r0 < QVL__ATTN_ROWS ? j->span : r0 + QVL__ATTN_ROWS;
+    size_t row0 = (size_t)row_span * (size_t)j->span;
+    for (int r = r0; r < r1; r++)
+        tile_add(&t, &ks, j->qkv + (row0 + (size_t)r) * 3 * (size_t)j->heads * n + (size_t)head * n, j->span);
+    attend(k, &ks, &t);
+    for (int i = 0; i < t.rows; i++)
+        k->divide(j->out + ((row0 + (size_t)(r0 + i)) * (size_t)j->heads + (size_t)head) * n, t.o + (size_t)i * (size_t)j->dim, t.sum[i],
+                  j->head_dim);
+}
+
+void qvl__cpu_attention_full(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim, void *scratch) {
+    if (rows <= 0) return;
+    int slices = qvl__cpu_threads(d), dim = padded(head_dim), pairs = rows / span * heads;
+    full_job j = {.d = d, .out = out, .qkv = qkv, .span = span, .heads = heads, .head_dim = head_dim, .dim = dim};
+    j.slices = scratch;
+    j.tiles = (float *)(void *)(j.slices + (size_t)slices * full_slice(span, dim));
+    for (j.first = 0; j.first < pairs; j.first += slices) {
+        int n = pairs - j.first < slices ? pairs - j.first : slices;
+        j.per_pair = qvl__div_up(span, PACK_BLOCKS * BLOCK);
+        qvl__pool_run(d->pool, n * j.per_pair, full_pack, &j);
+        j.per_pair = qvl__div_up(span, QVL__ATTN_ROWS);
+        qvl__pool_run(d->pool, n * j.per_pair, full_task, &j);
+    }
+}

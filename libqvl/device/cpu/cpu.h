@@ -1,0 +1,81 @@
+/* cpu.h - what the files of the CPU device share.
+ *
+ * Job:        the device's own state, its scratch, the panel layout's sizes, and how work is cut into tasks.
+ * Input:      included by dispatch.c, ops.c, panel.c, gemm.c and attention.c.
+ * Output:     declarations.
+ * Invariants: a task writes outputs that no other task writes; per-worker scratch is used inside pool tasks only, and
+ *             the pool runs one loop at a time, so ops may be called from several threads.
+ */
+#ifndef QVL__CPU_H
+#define QVL__CPU_H
+
+#include "kern.h"
+
+/* Rows in a matmul task, K in a block of it, and columns of accumulators: A block + accumulators + a widened slice of
+ * weights fit a 512 KB second-level cache. */
+#define QVL__GEMM_ROWS 96
+#define QVL__GEMM_K 256
+#define QVL__GEMM_PANELS 16
+#define QVL__GEMM_A_FLOATS (QVL__GEMM_ROWS * (QVL__GEMM_K + QVL__PANEL))
+#define QVL__GEMM_ACC_FLOATS (QVL__GEMM_ROWS * QVL__GEMM_PANELS * QVL__PANEL)
+#define QVL__GEMM_SLICE_FLOATS (4 * QVL__GEMM_K * QVL__PANEL)
+#define QVL__GEMM_SCRATCH (sizeof(float) * (QVL__GEMM_A_FLOATS + QVL__GEMM_ACC_FLOATS + QVL__GEMM_SLICE_FLOATS))
+
+#define QVL__ATTN_ROWS 64      /* query rows (tokens x heads of one KV head) in an attention task */
+#define QVL__ATTN_MAX_DIM 512  /* largest head_dim of a KV cache */
+/* Floats of scratch of one attention task: q, o, scores, and one widened block of K and V. */
+#define QVL__ATTN_FLOATS(dim) \
+    ((size_t)QVL__ATTN_ROWS * (2 * (size_t)(dim) + QVL__KV_BLOCK) + 2 * QVL__KV_BLOCK * (size_t)(dim))
+
+struct qvl__cpu {
+    struct qvl__kern kern;
+    int threads;
+    char *scratch; /* threads slices of slice bytes */
+    size_t slice;
+};
+
+static inline const struct qvl__kern *qvl__cpu_kern(const qvl__device *d) { return &((const struct qvl__cpu *)d->impl)->kern; }
+static inline int qvl__cpu_threads(const qvl__device *d) { return ((const struct qvl__cpu *)d->impl)->threads; }
+static inline void *qvl__cpu_scratch(const qvl__device *d, int worker) {
+    const struct qvl__cpu *c = d->impl;
+    return c->scratch + (size_t)worker * c->slice;
+}
+
+static inline int qvl__div_up(int a, int b) { return a / b + (a % b != 0); }
+
+/* Into how many tasks to cut items (rows, columns) that cost about cost floats each: one (run by the caller) when the
+ * whole is too small to be worth waking anybody, otherwise a few for each thread. */
+static inline int qvl__cpu_tasks(const qvl__device *d, int items, size_t cost) {
+    size_t n = (size_t)items * cost / 16384, most = (size_t)qvl__cpu_threads(d) * 4;
+    if (n > most) n = most;
+    if (n > (size_t)items) n = (size_t)items;
+    return n ? (int)n : 1;
+}
+/* Where task i of tasks begins. */
+static inline int qvl__cpu_cut(int items, int i, int tasks) { return (int)((int64_t)items * i / tasks); }
+
+/* ops.c: the device over a given set of kernels; dispatch.c chooses it, the tests also bring their own. */
+int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (*init)(struct qvl__kern *k));
+
+/* panel.c */
+size_t qvl__cpu_panel_bytes(qvl__type type, int k);
+int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up);
+void qvl__cpu_matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
+void qvl__cpu_matrix_free(qvl__device *d, qvl__matrix *m);
+void qvl__cpu_embed(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows);
+
+/* gemm.c */
+void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias, qvl__epilogue e);
+
+/* attention.c */
+int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks);
+void qvl__cpu_kv_free(qvl__device *d, qvl__kv *kv);
+void qvl__cpu_qk_norm_rope_kv(qvl__device *d, float *qkv, int heads, const float *q_norm, const float *k_norm, float eps,
+                              const float *cos, const float *sin, qvl__kv *kv, int layer, const qvl__ragged *b);
+void qvl__cpu_attention_paged(qvl__device *d, float *out, const float *qkv, int heads, const qvl__kv *kv, int layer,
+                              const qvl__ragged *b);
+void qvl__cpu_attention_full(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim,
+                             void *scratch);
+size_t qvl__cpu_attention_full_scratch(qvl__device *d, int span, int head_dim);
+
+#endif

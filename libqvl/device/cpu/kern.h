@@ -1,0 +1,61 @@
+/* kern.h - the table of row and tile functions that kern.c gives for each instruction set.
+ *
+ * Job:        the seam between the code that splits work (ops.c, gemm.c, attention.c, panel.c: compiled once for the
+ *             baseline) and the code that computes (kern.c: compiled once per instruction set).
+ * Input:      plain pointers; no function here allocates, splits over threads or can fail.
+ * Output:     as each entry says.
+ * Invariants: each output element is computed by the same operations in the same order whatever the number of rows,
+ *             panels or columns it is computed together with.
+ */
+#ifndef QVL__KERN_H
+#define QVL__KERN_H
+
+#include "../device.h"
+
+#define QVL__PANEL 16 /* output columns in a panel */
+
+struct qvl__kern {
+    const char *isa;
+    int mr; /* rows of the largest tile */
+    int np; /* panels of the tile of mr rows */
+
+    /* c[r][16 p + j] = sum over i = 0..k-1, in that order and into one accumulator, of a[r][i] * panel p [i][j]. With
+     * resume the accumulator starts from c instead of zero, so that k may be cut anywhere (at an even place for BF16)
+     * without changing a bit. Panels are panel_bytes apart; the layouts are in panel.c. */
+    void (*gemm)(qvl__type type, float *c, size_t ldc, const float *a, size_t lda, const void *panels, size_t panel_bytes,
+                 int rows, int count, int k, bool resume);
+    /* The same with bf16 products: a is pairs of bf16 (lda counts pairs), panels are BF16. NULL where there are none. */
+    void (*gemm_dot)(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
+                     int count, int pairs, bool resume);
+    /* k rows of a F16 or BF16 panel as floats [k][16]. */
+    void (*widen)(qvl__type type, float *dst, const void *panel, int k);
+    /* n floats as bf16, rounded to nearest even, and a zero after an odd last one. */
+    void (*narrow)(uint16_t *dst, const float *src, int n);
+
+    /* One row of matmul's result: y[0..n) from the accumulators acc (which hold whole panels). bias may be NULL. For
+     * SWIGLU acc is gate panel, up panel, gate panel, ...; n counts outputs and bias2 is the bias of the up half. */
+    void (*epilogue)(qvl__epilogue e, float *y, const float *acc, const float *bias, const float *bias2, int n);
+
+    /* One step of the online softmax for one query row: s[0..QVL__KV_BLOCK) are raw scores of which the first valid
+     * count. Scales them, updates the running maximum and sum, turns s into probabilities (0 past valid) and, if the
+     * maximum grew, rescales o[0..dim) (dim a multiple of 16). */
+    void (*softmax_step)(float *s, int valid, float scale, float *max, float *sum, float *o, int dim);
+    /* out[0..n) = o[0..n) / sum */
+    void (*divide)(float *out, const float *o, float sum, int n);
+
+    /* y[0..n) = x * rsqrt(mean(x^2) + eps) * w; y may be x. */
+    void (*rms_norm)(float *y, const float *x, const float *w, int n, float eps);
+    void (*layer_norm)(float *y, const float *x, const float *w, const float *b, int n, float eps);
+    /* rotate_half: pairs (x[i], x[i + half]) turned by angle i. In place. */
+    void (*rope)(float *x, const float *cos, const float *sin, int half);
+    /* y += x, y += a * x */
+    void (*add)(float *y, const float *x, int n);
+    void (*axpy)(float *y, const float *x, float a, int n);
+};
+
+int qvl__kern_generic(struct qvl__kern *k);
+int qvl__kern_avx2(struct qvl__kern *k);
+int qvl__kern_avx512(struct qvl__kern *k);
+int qvl__kern_avx512_bf16(struct qvl__kern *k);
+
+#endif

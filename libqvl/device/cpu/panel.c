@@ -1,0 +1,213 @@
+/* panel.c - weights in column panels: layout, packing, embedding rows.
+ *
+ * Job:        the one weight layout that every instruction set computes from.
+ * Input:      rows [count][k] of a checkpoint in F32, BF16 or F16.
+ * Output:     panels of 16 output features, zero-padded: feature f is column f % 16 of panel f / 16.
+ *               F32, F16: [panel][k][16]
+ *               BF16:     [panel][k / 2][16][2], k rounded up to even: two neighbours in k share 32 bits, so AVX2 gets
+ *                         floats by a shift (even k) or a mask (odd k), and vdpbf16ps takes the pairs as they are.
+ *             gate_up: panel 2 i holds gate features 16 i.., panel 2 i + 1 the up features 16 i.. .
+ * Invariants: a panel is contiguous, so a matrix row times one panel reads memory once, in order;
+ *             conversion rounds to nearest even; padding stays zero (fresh pages are).
+ */
+#include <string.h>
+
+#include "cpu.h"
+
+#define CHUNK 64 /* k per packing step: 16 rows of it fit the first-level cache beside what they become */
+
+size_t qvl__cpu_panel_bytes(qvl__type type, int k) {
+    size_t padded = type == QVL__BF16 ? ((size_t)k + 1) / 2 * 2 : (size_t)k;
+    return padded * QVL__PANEL * qvl__type_size(type);
+}
+
+int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up) {
+    (void)d;
+    memset(m, 0, sizeof *m);
+    if (n <= 0 || k <= 0 || (gate_up && n % 2)) return qvl__fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
+    size_t panels = gate_up ? 2 * (size_t)qvl__div_up(n / 2, QVL__PANEL) : (size_t)qvl__div_up(n, QVL__PANEL);
+    size_t one = qvl__cpu_panel_bytes(type, k);
+    if (panels > SIZE_MAX / one) return qvl__fail(QVL_ENOMEM, "a weight of %d by %d does not fit the address space", n, k);
+    *m = (qvl__matrix){.type = type, .n = n, .k = k, .gate_up = gate_up, .bytes = panels * one};
+    m->data = qvl__pages(m->bytes);
+    return m->data ? 0 : QVL_ENOMEM;
+}
+
+void qvl__cpu_matrix_free(qvl__device *d, qvl__matrix *m) {
+    (void)d;
+    if (m->data) qvl__pages_free(m->data, m->bytes);
+    memset(m, 0, sizeof *m);
+}
+
+/* ---- conversion of one stretch of a row ---- */
+
+static float bf16_to_f32(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static float f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, u;
+    float f;
+    if (e == 31) {
+        u = sign | 0x7f800000u | m << 13;
+    } else if (e) {
+        u = sign | (e + 112) << 23 | m << 13;
+    } else {
+        f = (float)m * 0x1p-24f; /* subnormal */
+        memcpy(&u, &f, 4);
+        u |= sign;
+    }
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static uint16_t f32_to_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1)) >> 16;
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16 | 0x40) : rounded);
+}
+
+static uint16_t f32_to_f16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
+    u &= 0x7fffffffu;
+    if (u > 0x7f800000u) return (uint16_t)(sign | 0x7e00 | (u >> 13 & 0x1ff));
+    if (u >= 0x47800000u) return (uint16_t)(sign | 0x7c00); /* 65536 and more; 65520..65535 round up to it below */
+    if (u < 0x38800000u) {
+        /* Below 2^-14 the result is a multiple of 2^-24: adding 0.5 leaves exactly those bits, rounded by the FPU. */
+        float a;
+        memcpy(&a, &u, 4);
+        a += 0.5f;
+        memcpy(&u, &a, 4);
+        return (uint16_t)(sign | (u - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((u + 0xfffu + (u >> 13 & 1)) - 0x38000000u) >> 13);
+}
+
+/* dst[0..n) of type to from element at.. of a row of type from. Source rows may lie at any address. */
+static void convert(qvl__type to, void *dst, qvl__type from, const char *row, size_t at, int n) {
+    const char *src = row + at * qvl__type_size(from);
+    if (to == from) {
+        memcpy(dst, src, (size_t)n * qvl__type_size(to));
+        return;
+    }
+    float f[CHUNK] = {0};
+    if (from == QVL__F32) {
+        memcpy(f, src, (size_t)n * 4);
+    } else {
+        uint16_t h[CHUNK] = {0};
+        memcpy(h, src, (size_t)n * 2);
+        if (from == QVL__BF16)
+            for (int i = 0; i < CHUNK; i++) f[i] = bf16_to_f32(h[i]);
+        else
+            for (int i = 0; i < n; i++) f[i] = f16_to_f32(h[i]);
+    }
+    uint16_t h[CHUNK];
+    if (to == QVL__F32) {
+        memcpy(dst, f, (size_t)n * 4);
+        return;
+    }
+    if (to == QVL__BF16)
+        for (int i = 0; i < CHUNK; i++) h[i] = f32_to_bf16(f[i]);
+    else
+        for (int i = 0; i < n; i++) h[i] = f32_to_f16(f[i]);
+    memcpy(dst, h, (size_t)n * 2);
+}
+
+/* ---- packing ---- */
+
+typedef struct {
+    qvl__matrix *m;
+    int first, end;    /* features of this part (the gate half, the up half or all) */
+    int unit, part;    /* panel p of the part is panel p * unit + part of the matrix */
+    qvl__type src_type;
+    const char *src;   /* feature first */
+} put_job;
+
+/* Columns c0.. of a panel from rows at src. A chunk of every row is converted into t, then t is turned. */
+static void pack_panel(const qvl__matrix *m, char *panel, int c0, int cols, qvl__type src_type, const char *src) {
+    size_t row_bytes = (size_t)m->k * qvl__type_size(src_type);
+    union {
+        uint32_t w[QVL__PANEL][CHUNK];
+        uint16_t h[QVL__PANEL][2 * CHUNK];
+    } t;
+    for (int k0 = 0; k0 < m->k; k0 += CHUNK) {
+        int n = m->k - k0 < CHUNK ? m->k - k0 : CHUNK;
+        for (int j = 0; j < cols; j++) {
+            convert(m->type, t.w[j], src_type, src + (size_t)j * row_bytes, (size_t)k0, n);
+            if (m->type == QVL__BF16 && n % 2) t.h[j][n] = 0;
+        }
+        if (m->type == QVL__F16) {
+            uint16_t *out = (uint16_t *)(void *)panel + (size_t)k0 * QVL__PANEL + c0;
+            for (int j = 0; j < cols; j++)
+                for (int i = 0; i < n; i++) out[(size_t)i * QVL__PANEL + (size_t)j] = t.h[j][i];
+        } else {
+            int words = m->type == QVL__BF16 ? (n + 1) / 2 : n;
+            uint32_t *out = (uint32_t *)(void *)panel + (size_t)(m->type == QVL__BF16 ? k0 / 2 : k0) * QVL__PANEL + c0;
+            for (int j = 0; j < cols; j++)
+                for (int i = 0; i < words; i++) out[(size_t)i * QVL__PANEL + (size_t)j] = t.w[j][i];
+        }
+    }
+}
+
+static void put_task(void *ctx, int task, int worker) {
+    (void)worker;
+    const put_job *p = ctx;
+    int panel = p->first / QVL__PANEL + task;
+    int lo = panel * QVL__PANEL, hi = lo + QVL__PANEL;
+    if (lo < p->first) lo = p->first;
+    if (hi > p->end) hi = p->end;
+    pack_panel(p->m, (char *)p->m->data + ((size_t)panel * (size_t)p->unit + (size_t)p->part) * qvl__cpu_panel_bytes(p->m->type, p->m->k),
+               lo % QVL__PANEL, hi - lo, p->src_type,
+               p->src + (size_t)(lo - p->first) * (size_t)p->m->k * qvl__type_size(p->src_type));
+}
+
+void qvl__cpu_matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src) {
+    int parts = m->gate_up ? 2 : 1, size = m->n / parts;
+    for (int part = 0; part < parts; part++) {
+        int lo = first > part * size ? first : part * size;
+        int hi = first + count < (part + 1) * size ? first + count : (part + 1) * size;
+        if (lo >= hi) continue;
+        put_job p = {m, lo - part * size, hi - part * size, parts, part, src_type,
+                     (const char *)src + (size_t)(lo - first) * (size_t)m->k * qvl__type_size(src_type)};
+        qvl__pool_run(d->pool, (p.end - 1) / QVL__PANEL - p.first / QVL__PANEL + 1, put_task, &p);
+    }
+}
+
+/* ---- embedding: one column of a panel back into a row ---- */
+
+typedef struct {
+    float *y;
+    const qvl__matrix *m;
+    const int32_t *ids;
+    int rows, tasks;
+} embed_job;
+
+static void embed_task(void *ctx, int task, int worker) {
+    (void)worker;
+    const embed_job *e = ctx;
+    size_t k = (size_t)e->m->k, bytes = qvl__cpu_panel_bytes(e->m->type, e->m->k);
+    for (int r = qvl__cpu_cut(e->rows, task, e->tasks); r < qvl__cpu_cut(e->rows, task + 1, e->tasks); r++) {
+        const char *panel = (const char *)e->m->data + (size_t)(e->ids[r] / QVL__PANEL) * bytes;
+        size_t j = (size_t)(e->ids[r] % QVL__PANEL);
+        float *y = e->y + (size_t)r * k;
+        const float *f = (const float *)(const void *)panel;
+        const uint16_t *h = (const uint16_t *)(const void *)panel;
+        if (e->m->type == QVL__F32)
+            for (size_t i = 0; i < k; i++) y[i] = f[i * QVL__PANEL + j];
+        else if (e->m->type == QVL__F16)
+            for (size_t i = 0; i < k; i++) y[i] = f16_to_f32(h[i * QVL__PANEL + j]);
+        else
+            for (size_t i = 0; i < k; i++) y[i] = bf16_to_f32(h[i / 2 * 2 * QVL__PANEL + 2 * j + i % 2]);
+    }
+}
+
+void qvl__cpu_embed(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows) {
+    embed_job e = {y, table, ids, rows, qvl__cpu_tasks(d, rows, (size_t)table->k)};
+    qvl__pool_run(d->pool, rows ? e.tasks : 0, embed_task, &e);
+}

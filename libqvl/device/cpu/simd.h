@@ -1,0 +1,234 @@
+/* simd.h - the vector vocabulary of kern.c, and the only file with intrinsics.
+ *
+ * Job:        one set of names (vf, vload, vfma, ...) for four instruction sets, chosen by QVL__ISA_<name>.
+ * Input:      included by kern.c alone, which the Makefile compiles once for each instruction set.
+ * Output:     W lanes in a vector, VP = 16 / W vectors across a panel of 16 columns, the sizes of the matrix tile.
+ * Invariants: every operation is lane by lane and rounds to nearest even, so a lane never depends on its neighbours;
+ *             vfma is one fused operation from AVX2 up and a multiplication and an addition in generic C: bits agree
+ *             within one level, not between levels;
+ *             vmax and vmin are a > b ? a : b and a < b ? a : b, so a NaN in b wins (x86 semantics, also in C).
+ *
+ * With QVL__SIMD_EMULATE the two 16-wide levels are spelled in plain C, vdpbf16ps included, so that their kernel text
+ * and tile sizes run in the tests of a machine without AVX-512.
+ */
+#ifndef QVL__SIMD_H
+#define QVL__SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define PANEL 16
+#define INLINE static inline __attribute__((always_inline, unused))
+
+#if defined(QVL__ISA_generic)
+#define ISA_NAME "generic"
+#define ISA_INIT qvl__kern_generic
+#elif defined(QVL__ISA_avx2)
+#define ISA_NAME "avx2"
+#define ISA_INIT qvl__kern_avx2
+#elif defined(QVL__ISA_avx512)
+#define ISA_NAME "avx512"
+#define ISA_INIT qvl__kern_avx512
+#elif defined(QVL__ISA_avx512_bf16)
+#define ISA_NAME "avx512-bf16"
+#define ISA_INIT qvl__kern_avx512_bf16
+#define HAVE_DOT 1
+#else
+#error "compile with -DQVL__ISA_generic, _avx2, _avx512 or _avx512_bf16"
+#endif
+
+/* The matrix tile is mr rows by np panels, all accumulators in registers: at most MR rows. NP1 panels for one row, NP2
+ * for two or three and NP4 for more (for MR = 3: NP2 for two, NP4 for three) keep at least 8 chains of additions going,
+ * which is what hides the latency of an FMA. */
+
+#if defined(QVL__ISA_avx2)
+/* ---- AVX2 + FMA + F16C ---- */
+#include <immintrin.h>
+#define W 8
+#define MR 6
+#define NP1 4
+#define NP2 2
+#define NP4 1
+typedef __m256 vf;
+typedef __m256i vu;
+INLINE vf vzero(void) { return _mm256_setzero_ps(); }
+INLINE vf vset(float x) { return _mm256_set1_ps(x); }
+INLINE vf vload(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void vstore(float *p, vf a) { _mm256_storeu_ps(p, a); }
+INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
+INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf vdiv(vf a, vf b) { return _mm256_div_ps(a, b); }
+INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf vround(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+/* 2^n for whole n in -126..127 */
+INLINE vf vpow2(vf n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+/* a < b ? x : y */
+INLINE vf vif_lt(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+/* 16-bit weights: f16 as stored, bf16 as pairs (even k in the low half) */
+INLINE vf vload_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+INLINE vu vload_pairs(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+INLINE vf vpair_even(vu a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
+INLINE vf vpair_odd(vu a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000u))); }
+
+#elif (defined(QVL__ISA_avx512) || defined(QVL__ISA_avx512_bf16)) && !defined(QVL__SIMD_EMULATE)
+/* ---- AVX-512 F, BW, VL, DQ; and BF16 ---- */
+#include <immintrin.h>
+#define W 16
+#define MR 6
+#define NP1 8
+#define NP2 4
+#define NP4 4
+typedef __m512 vf;
+typedef __m512i vu;
+INLINE vf vzero(void) { return _mm512_setzero_ps(); }
+INLINE vf vset(float x) { return _mm512_set1_ps(x); }
+INLINE vf vload(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vstore(float *p, vf a) { _mm512_storeu_ps(p, a); }
+INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vround(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vf vpow2(vf n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+INLINE vf vif_lt(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
+INLINE vf vload_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+INLINE vu vload_pairs(const uint16_t *p) { return _mm512_loadu_si512(p); }
+INLINE vf vpair_even(vu a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+INLINE vf vpair_odd(vu a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000u))); }
+#if HAVE_DOT
+/* c + a.odd * b.odd, then + a.even * b.even; a is one pair for all lanes */
+INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+#endif
+
+#else
+/* ---- plain C (GCC vector types, which compile to what the target has): 4 lanes as the generic level, 16 as the
+ *      emulation of the AVX-512 levels ---- */
+#if defined(QVL__ISA_generic)
+#define W 4
+#define MR 3
+#define NP1 2
+#define NP2 1
+#define NP4 1
+#else
+#define W 16
+#define MR 6
+#define NP1 8
+#define NP2 4
+#define NP4 4
+#pragma GCC diagnostic ignored "-Wpsabi" /* no 64-byte vector leaves this file's users: all is static */
+#endif
+typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
+INLINE vf vzero(void) { return (vf){0}; }
+INLINE vf vset(float x) { return (vf){0} + x; }
+INLINE vf vload(const float *p) { return *(const vf *)p; }
+INLINE void vstore(float *p, vf a) { *(vf *)p = a; }
+INLINE vf vadd(vf a, vf b) { return a + b; }
+INLINE vf vsub(vf a, vf b) { return a - b; }
+INLINE vf vmul(vf a, vf b) { return a * b; }
+INLINE vf vdiv(vf a, vf b) { return a / b; }
+INLINE vf vpick(vi m, vf x, vf y) { return (vf)((m & (vi)x) | (~m & (vi)y)); }
+INLINE vf vmax(vf a, vf b) { return vpick(a > b, a, b); }
+INLINE vf vmin(vf a, vf b) { return vpick(a < b, a, b); }
+INLINE vf vif_lt(vf a, vf b, vf x, vf y) { return vpick(a < b, x, y); }
+#if defined(QVL__ISA_generic)
+INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
+#else
+/* Not inlined: 16 calls of fmaf in every place would only make the compiler slow. */
+static __attribute__((noinline)) vf vfma(vf a, vf b, vf c) {
+    for (int i = 0; i < W; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+}
+#endif
+/* Whole numbers are exact in float up to 2^23, so adding and taking away 1.5 * 2^23 rounds; callers stay far below. */
+INLINE vf vround(vf a) { return (a + 12582912.0f) - 12582912.0f; }
+INLINE vf vpow2(vf n) {
+    vf s = n + 12582912.0f; /* the low bits of s are n + 0x4b400000; a NaN gives some power, and NaN times it stays */
+    return (vf)(((vu)s - 0x4b400000u + 127u) << 23);
+}
+INLINE float f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, u;
+    if (e == 31) {
+        u = sign | 0x7f800000u | m << 13;
+    } else if (e) {
+        u = sign | (e + 112) << 23 | m << 13;
+    } else {
+        float f = (float)m * 0x1p-24f; /* subnormal */
+        memcpy(&u, &f, 4);
+        u |= sign;
+    }
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+INLINE vf vload_f16(const uint16_t *p) {
+    vf r;
+    for (int i = 0; i < W; i++) r[i] = f16_to_f32(p[i]);
+    return r;
+}
+INLINE vu vload_pairs(const uint16_t *p) { return *(const vu *)(const void *)p; }
+INLINE vf vpair_even(vu a) { return (vf)(a << 16); }
+INLINE vf vpair_odd(vu a) { return (vf)(a & 0xffff0000u); }
+#if HAVE_DOT
+/* VDPBF16PS after Intel's Software Developer's Manual, volume 2: for each lane the odd elements first, then the even
+ * ones, each by a fused multiply-add rounded to nearest even; denormal inputs count as zero, denormal results become
+ * zero, MXCSR is not looked at. */
+INLINE float flush(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
+INLINE float bits_float(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return flush(f);
+}
+static __attribute__((noinline)) vf vdot_pairs(vf c, uint32_t a, vu b) {
+    for (int i = 0; i < W; i++) {
+        float s = flush(c[i]);
+        s = flush(__builtin_fmaf(bits_float(a & 0xffff0000u), bits_float(b[i] & 0xffff0000u), s));
+        c[i] = flush(__builtin_fmaf(bits_float(a << 16), bits_float(b[i] << 16), s));
+    }
+    return c;
+}
+#endif
+#endif
+
+#define VP (PANEL / W)
+
+/* ---- common ---- */
+
+/* The sum of all lanes, halving: a fixed tree. */
+INLINE float vsum(vf a) {
+    float t[W];
+    vstore(t, a);
+    for (int h = W / 2; h; h /= 2)
+        for (int i = 0; i < h; i++) t[i] += t[i + h];
+    return t[0];
+}
+INLINE float vmax_lanes(vf a) {
+    float t[W];
+    vstore(t, a);
+    for (int h = W / 2; h; h /= 2)
+        for (int i = 0; i < h; i++) t[i] = t[i] > t[i + h] ? t[i] : t[i + h];
+    return t[0];
+}
+
+/* bf16 of x, rounded to nearest even; a NaN stays a (quiet) NaN. */
+INLINE uint16_t to_bf16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40);
+    return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+
+#endif

@@ -1,0 +1,118 @@
+/* device.h - the op table: everything that a device must be able to do. forward/ is written over it and nothing else.
+ *
+ * Job:        weights, buffers, the paged KV cache and about 20 ops, fused where CPU and GPU both gain.
+ * Input:      device pointers (on the CPU: plain pointers); activations are float, row-major [rows][dim].
+ * Output:     as each op says. Ops cannot fail: sizes were checked when the model and the engine were built.
+ * Invariants: an output row depends only on its own input row (and its own KV), and every reduction runs in one fixed
+ *             order, whatever the number of rows, threads or chunks (docs/invariance.md);
+ *             no op allocates; workspace comes from the caller or was taken when the device was opened.
+ */
+#ifndef QVL__DEVICE_H
+#define QVL__DEVICE_H
+
+#include "../base/base.h"
+
+typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2 } qvl__type;
+static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : 2; }
+
+/* Tokens in a KV block. Attention walks blocks in order and this is its fixed width (docs/invariance.md). */
+#define QVL__KV_BLOCK 32
+
+typedef struct qvl__device qvl__device;
+
+/* A packed weight of n output features by k inputs. How data is laid out is the device's business; on the CPU: panels
+ * of 16 output columns, see cpu/pack.c. */
+typedef struct {
+    qvl__type type;
+    int n, k;
+    bool gate_up; /* n/2 gate columns and n/2 up columns, interleaved panel by panel so that one pass yields SwiGLU */
+    size_t bytes;
+    void *data;
+} qvl__matrix;
+
+typedef enum {
+    QVL__EPI_NONE = 0,
+    QVL__EPI_ADD,       /* y += x W^T + b (the residual) */
+    QVL__EPI_GELU_TANH, /* vision MLP */
+    QVL__EPI_GELU_ERF,  /* mergers */
+    QVL__EPI_SWIGLU     /* gate_up matrices: y[n/2] = silu(gate) * up */
+} qvl__epilogue;
+
+/* The paged cache of one engine: blocks x layers x (K, V). */
+typedef struct {
+    qvl__type type; /* F32 or BF16 */
+    int layers, kv_heads, head_dim, blocks;
+    size_t block_bytes; /* one block, all layers, K and V */
+    void *data;
+} qvl__kv;
+
+/* Where the rows of a ragged batch live: row r is token number pos[r] (from 0) of sequence seq[r]; its key and value go
+ * to block table[seq * stride + pos / QVL__KV_BLOCK], place pos % QVL__KV_BLOCK, and it attends to keys 0..pos of its
+ * sequence. Rows of one sequence are consecutive and ascending. */
+typedef struct {
+    int rows;
+    const int32_t *seq, *pos;
+    const int32_t *table;
+    int stride;
+} qvl__ragged;
+
+struct qvl__device {
+    const char *name; /* "cpu" */
+    const char *isa;  /* "generic", "avx2", "avx512", "avx512-bf16" */
+    qvl__pool *pool;  /* borrowed */
+    bool bf16_math;   /* products of matmul may round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16) */
+    void *impl;       /* the device's own state (CPU: kernel table and per-thread scratch) */
+
+    void (*close)(qvl__device *d);
+
+    /* Buffers. alloc gives zeroed memory or NULL (message set). */
+    void *(*alloc)(qvl__device *d, size_t size);
+    void (*free)(qvl__device *d, void *p, size_t size);
+    void (*put)(qvl__device *d, void *dst, const void *host, size_t size);
+    void (*get)(qvl__device *d, void *host, const void *src, size_t size);
+
+    /* Weights. put packs count rows [count][k] of type src_type, which become output features first, first + 1, ...;
+     * converting to the matrix's type (round to nearest even). For gate_up, features 0..n/2-1 are gate, the rest up. */
+    int (*matrix_new)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up);
+    void (*matrix_put)(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
+    void (*matrix_free)(qvl__device *d, qvl__matrix *m);
+
+    int (*kv_new)(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks);
+    void (*kv_free)(qvl__device *d, qvl__kv *kv);
+
+    /* y[r] = feature row ids[r] of the matrix (an embedding table [vocab][dim]). */
+    void (*embed)(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows);
+    /* y[r] = x[idx[r]]. */
+    void (*gather_rows)(qvl__device *d, float *y, const float *x, const int32_t *idx, int rows, int dim);
+    /* y[idx[r]] = x[r], or += with add. */
+    void (*scatter_rows)(qvl__device *d, float *y, const float *x, const int32_t *idx, int rows, int dim, bool add);
+    /* y[r] += sum over c of weight[4r + c] * table[index[4r + c]], c = 0..3 in order (interpolated position embedding). */
+    void (*add_interpolated)(qvl__device *d, float *y, const float *table, const int32_t *index, const float *weight, int rows, int dim);
+
+    void (*rms_norm)(qvl__device *d, float *y, const float *x, const float *w, int rows, int dim, float eps);
+    void (*layer_norm)(qvl__device *d, float *y, const float *x, const float *w, const float *b, int rows, int dim, float eps);
+
+    /* y[rows][n, or n/2 for SWIGLU] = epilogue(x[rows][k] W^T + bias); bias may be NULL; y and x do not overlap. */
+    void (*matmul)(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias, qvl__epilogue e);
+
+    /* Text: qkv is [rows][(heads + 2 kv_heads) * head_dim], q then k then v. RMSNorm per head of q and k (weights
+     * [head_dim]), rotate_half RoPE by cos, sin [rows][head_dim / 2], q back in place, k and v into the cache. */
+    void (*qk_norm_rope_kv)(qvl__device *d, float *qkv, int heads, const float *q_norm, const float *k_norm, float eps,
+                            const float *cos, const float *sin, qvl__kv *kv, int layer, const qvl__ragged *b);
+    /* out[rows][heads * head_dim]: causal softmax(q k^T / sqrt(head_dim)) v over the paged cache; q as left in qkv. */
+    void (*attention_paged)(qvl__device *d, float *out, const float *qkv, int heads, const qvl__kv *kv, int layer, const qvl__ragged *b);
+
+    /* Vision: qkv is [rows][3 * heads * head_dim]. rotate_half RoPE on q and k by cos, sin [span][head_dim / 2], where
+     * rows repeat every span (one temporal patch = one span). */
+    void (*rope_vision)(qvl__device *d, float *qkv, int rows, int heads, int head_dim, const float *cos, const float *sin, int span);
+    /* out[rows][heads * head_dim]: full attention inside each span of rows. scratch of attention_full_scratch bytes. */
+    void (*attention_full)(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim, void *scratch);
+    size_t (*attention_full_scratch)(qvl__device *d, int span, int head_dim);
+};
+
+/* Opens the CPU. bf16_math asks for bf16 products, granted where the CPU has them (see d->bf16_math after). The level
+ * is the best that cpuid, the operating system and the environment variable QVL_CPU (generic, avx2, avx512,
+ * avx512-bf16) allow. */
+int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math);
+
+#endif

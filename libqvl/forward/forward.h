@@ -1,0 +1,78 @@
+/* forward.h - the model: weights on a device, and the two graphs that run over it.
+ *
+ * Job:        vision tower (pixels to embeddings) and text model (tokens, embeddings and cached keys to logits).
+ * Input:      visuals; ragged batches of rows, each a token of some sequence.
+ * Output:     qvl_embedding; logits of the rows that asked for them.
+ * Invariants: prefill and decode are the same function: a decode step is a batch of one-row chunks;
+ *             a row's result depends on its sequence only (law 6), never on its neighbours;
+ *             all memory of a step is in a workspace made beforehand.
+ */
+#ifndef QVL__FORWARD_H
+#define QVL__FORWARD_H
+
+#include "../encode/encode.h"
+#include "../kv/kv.h"
+
+struct qvl_model {
+    atomic_int refs;
+    qvl__config config;
+    qvl__weights weights;
+    qvl__pool *pool;
+    qvl__device *device;
+    qvl_tokenizer *tokenizer;
+    qvl__template template_;
+    qvl__type kv_type; /* what kv_dtype auto means */
+    float *text_inv_freq; /* [head_dim / 2] */
+    uint8_t *text_axis;   /* [head_dim / 2]: 0 time, 1 height, 2 width */
+};
+
+/* ---- rope.c ---- */
+
+/* Frequencies of the text model and the axis each one follows (transformers Qwen3VLTextRotaryEmbedding). */
+int qvl__rope_init(qvl_model *m);
+/* cos, sin [rows][head_dim / 2] for positions [3][stride]. */
+void qvl__rope_text(const qvl_model *m, float *cos_out, float *sin_out, const int32_t *positions, int stride, int rows);
+/* cos, sin [h * w][head_dim / 2] of a patch grid in 2x2 block order (transformers Qwen3VLVisionRotaryEmbedding). */
+void qvl__rope_vision(float *cos_out, float *sin_out, int h, int w, int head_dim);
+/* Position embedding of the grid: 4 table rows and weights for each patch, align_corners bilinear over a side x side
+ * table (transformers fast_pos_embed_interpolate). */
+void qvl__pos_embed(int32_t *index, float *weight, int h, int w, int side);
+
+/* ---- vision.c ---- */
+
+/* Encodes one visual. Threads may call it at the same time; they take turns on the device. */
+int qvl__vision_forward(qvl_model *m, const qvl__visual *v, qvl_embedding **out);
+
+/* ---- text.c ---- */
+
+/* Buffers for batches of up to max_rows rows, max_out of which give logits. */
+typedef struct {
+    int max_rows, max_out;
+    size_t bytes;
+    char *base; /* one device region that the pointers below divide */
+    float *x, *norm, *qkv, *attn, *act, *cos, *sin, *logits;
+    int32_t *ids, *seq, *pos, *index, *table;
+    int max_seqs, table_stride;
+    float *host_cos, *host_sin;
+} qvl__text_ws;
+int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride);
+void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m);
+
+/* One ragged batch, all pointers on the host. */
+typedef struct {
+    int rows, seqs;
+    const int32_t *tokens;    /* [rows] */
+    const int32_t *positions; /* [3][rows], M-RoPE */
+    const int32_t *seq, *pos; /* [rows]: sequence, and index of the token in it */
+    const int32_t *table;     /* [seqs][table_stride] KV blocks */
+    int visual_rows;          /* rows whose input is a row of an embedding */
+    const int32_t *visual_row;              /* [visual_rows] row of the batch */
+    const qvl_embedding *const *visual_src; /* [visual_rows] */
+    const int32_t *visual_index;            /* [visual_rows] token of the embedding */
+    int outs;
+    const int32_t *out_row; /* [outs] rows that give logits */
+} qvl__batch;
+/* Runs the batch; keys and values go into kv, ws->logits gets [outs][vocab]. */
+void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b);
+
+#endif

@@ -1,0 +1,109 @@
+/* text.c - the text model (transformers Qwen3VLTextModel).
+ *
+ * Job:        one ragged batch through all layers: embed, attention over the paged cache, SwiGLU, logits.
+ * Input:      qvl__batch: prefill chunks and decode rows of any number of sequences.
+ * Output:     logits of the asked rows; keys and values in the cache.
+ * Invariants: no allocation; the same ops for 1 row and 1000; image rows replace token embeddings before layer 0, and
+ *             deepstack feature j is added to them after layer j.
+ */
+#include <string.h>
+
+#include "forward.h"
+
+static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
+    const qvl__text_config *c = &m->config.text;
+    size_t at = 0, rows = (size_t)ws->max_rows, hidden = (size_t)c->hidden, q = (size_t)c->heads * (size_t)c->head_dim;
+    size_t kv = (size_t)c->kv_heads * (size_t)c->head_dim, half = (size_t)c->head_dim / 2;
+#define PART(field, count) \
+    ws->field = ws->base ? (void *)(ws->base + at) : NULL; \
+    at = (at + (count) * 4 + 63) / 64 * 64
+    PART(x, rows * hidden);
+    PART(norm, rows * hidden);
+    PART(qkv, rows * (q + 2 * kv));
+    PART(attn, rows * (q > hidden ? q : hidden)); /* also the gathered output rows */
+    PART(act, rows * (size_t)c->inter);
+    PART(cos, rows * half);
+    PART(sin, rows * half);
+    PART(ids, rows);
+    PART(seq, rows);
+    PART(pos, rows);
+    PART(index, rows);
+    PART(table, (size_t)ws->max_seqs * (size_t)ws->table_stride);
+    PART(logits, (size_t)ws->max_out * (size_t)c->vocab);
+#undef PART
+    return at;
+}
+
+int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride) {
+    *ws = (qvl__text_ws){.max_rows = max_rows, .max_out = max_out, .max_seqs = max_seqs, .table_stride = table_stride};
+    ws->bytes = layout(ws, m);
+    size_t half = (size_t)m->config.text.head_dim / 2;
+    ws->base = m->device->alloc(m->device, ws->bytes);
+    ws->host_cos = qvl__array(NULL, (size_t)max_rows * half, sizeof(float));
+    ws->host_sin = qvl__array(NULL, (size_t)max_rows * half, sizeof(float));
+    if (!ws->base || !ws->host_cos || !ws->host_sin) {
+        qvl__text_ws_free(ws, m);
+        return QVL_ENOMEM;
+    }
+    layout(ws, m);
+    return 0;
+}
+
+void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m) {
+    if (ws->base) m->device->free(m->device, ws->base, ws->bytes);
+    qvl__free(ws->host_cos);
+    qvl__free(ws->host_sin);
+    *ws = (qvl__text_ws){0};
+}
+
+/* Brings layer `layer` of the embeddings of all visual rows to the device, in ws->norm (free at that time), and puts it
+ * into x: in place of the token embedding (layer 0), or added (deepstack). */
+static void visual_rows(const qvl_model *m, qvl__text_ws *ws, const qvl__batch *b, int layer) {
+    qvl__device *d = m->device;
+    size_t hidden = (size_t)m->config.text.hidden;
+    for (int i = 0; i < b->visual_rows; i++) {
+        const qvl_embedding *e = b->visual_src[i];
+        const float *src = e->data + ((size_t)layer * (size_t)e->tokens + (size_t)b->visual_index[i]) * hidden;
+        d->put(d, ws->norm + (size_t)i * hidden, src, hidden * sizeof(float));
+    }
+    d->scatter_rows(d, ws->x, ws->norm, ws->index, b->visual_rows, (int)hidden, layer > 0);
+}
+
+void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b) {
+    const qvl__text_config *c = &m->config.text;
+    const qvl__weights *w = &m->weights;
+    qvl__device *d = m->device;
+    size_t ints = (size_t)b->rows * sizeof(int32_t), angles = (size_t)b->rows * (size_t)c->head_dim / 2 * sizeof(float);
+
+    qvl__rope_text(m, ws->host_cos, ws->host_sin, b->positions, b->rows, b->rows);
+    d->put(d, ws->cos, ws->host_cos, angles);
+    d->put(d, ws->sin, ws->host_sin, angles);
+    d->put(d, ws->ids, b->tokens, ints);
+    d->put(d, ws->seq, b->seq, ints);
+    d->put(d, ws->pos, b->pos, ints);
+    d->put(d, ws->table, b->table, (size_t)b->seqs * (size_t)ws->table_stride * sizeof(int32_t));
+    qvl__ragged where = {b->rows, ws->seq, ws->pos, ws->table, ws->table_stride};
+
+    d->embed(d, ws->x, &w->embed, ws->ids, b->rows);
+    if (b->visual_rows) {
+        d->put(d, ws->index, b->visual_row, (size_t)b->visual_rows * sizeof(int32_t));
+        visual_rows(m, ws, b, 0);
+    }
+    for (int i = 0; i < c->layers; i++) {
+        const qvl__text_layer *l = &w->text[i];
+        d->rms_norm(d, ws->norm, ws->x, l->input_norm, b->rows, c->hidden, c->eps);
+        d->matmul(d, ws->qkv, ws->norm, b->rows, &l->qkv, NULL, QVL__EPI_NONE);
+        d->qk_norm_rope_kv(d, ws->qkv, c->heads, l->q_norm, l->k_norm, c->eps, ws->cos, ws->sin, kv, i, &where);
+        d->attention_paged(d, ws->attn, ws->qkv, c->heads, kv, i, &where);
+        d->matmul(d, ws->x, ws->attn, b->rows, &l->o, NULL, QVL__EPI_ADD);
+        d->rms_norm(d, ws->norm, ws->x, l->post_norm, b->rows, c->hidden, c->eps);
+        d->matmul(d, ws->act, ws->norm, b->rows, &l->gate_up, NULL, QVL__EPI_SWIGLU);
+        d->matmul(d, ws->x, ws->act, b->rows, &l->down, NULL, QVL__EPI_ADD);
+        if (b->visual_rows && i < m->config.vision.n_deepstack) visual_rows(m, ws, b, 1 + i);
+    }
+    if (b->outs == 0) return;
+    d->put(d, ws->index, b->out_row, (size_t)b->outs * sizeof(int32_t));
+    d->gather_rows(d, ws->attn, ws->x, ws->index, b->outs, c->hidden);
+    d->rms_norm(d, ws->norm, ws->attn, w->norm, b->outs, c->hidden, c->eps);
+    d->matmul(d, ws->logits, ws->norm, b->outs, &w->lm_head, NULL, QVL__EPI_NONE);
+}

@@ -1,0 +1,373 @@
+/* sample.c - logits to a token.
+ *
+ * Job:        logit bias, then penalties (repetition over prompt and answer; frequency and presence over the answer),
+ *             then temperature, min-p, top-k, top-p, softmax, one random number. This is vLLM's order; transformers
+ *             differs in applying min-p last.
+ * Input:      float logits of one position, overwritten.
+ * Output:     a token and log-probabilities of the model's own distribution.
+ * Invariants: a function of (logits, options, tokens so far, seed, position): probabilities are doubles summed in one
+ *             fixed order, the random number is a hash of (seed, position); a tie at the top-k cut keeps all equals (as
+ *             transformers does), a tie at the top-p cut keeps the lowest ids; no step sorts the whole vocabulary
+ *             unless its distribution is nearly flat.
+ */
+#include <float.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "sample.h"
+
+typedef struct qvl__candidate candidate;
+
+/* ---- options ---- */
+
+static int parse_bias(qvl__sampling *p, const char *json, int vocab) {
+    if (!*json) return 0;
+    json_t *root, *v;
+    const char *key;
+    int rc = qvl__json_parse(&root, json, strlen(json), "option logit_bias");
+    if (rc == QVL_EFORMAT) return qvl__context(QVL_EINVAL, "an object from token id to number is wanted, {\"42\": -100}");
+    if (rc < 0) return rc;
+    if (!json_is_object(root)) rc = qvl__fail(QVL_EINVAL, "option logit_bias: an object from token id to number is wanted, {\"42\": -100}");
+    if (rc == 0) {
+        p->bias_id = qvl__array(NULL, json_object_size(root), sizeof *p->bias_id);
+        p->bias = qvl__array(NULL, json_object_size(root), sizeof *p->bias);
+        if (!p->bias_id || !p->bias) rc = QVL_ENOMEM;
+    }
+    if (rc == 0) {
+        json_object_foreach(root, key, v) {
+            char *end;
+            long long id = *key >= '0' && *key <= '9' ? strtoll(key, &end, 10) : -1;
+            double value = json_number_value(v);
+            if (id < 0 || *end || id >= vocab)
+                rc = qvl__fail(QVL_EINVAL, "option logit_bias: \"%.40s\" is no token id; they are 0 to %d", key, vocab - 1);
+            else if (!json_is_number(v) || !isfinite((float)value))
+                rc = qvl__fail(QVL_EINVAL, "option logit_bias: the value of \"%.40s\" is not a finite number", key);
+            if (rc < 0) break;
+            p->bias_id[p->n_bias] = (int32_t)id;
+            p->bias[p->n_bias++] = (float)value;
+        }
+    }
+    json_decref(root);
+    return rc;
+}
+
+static double f64_or(const qvl_options *o, const char *name, double unset) {
+    return qvl__opt_is_set(o, name) ? qvl__opt_f64(o, name) : unset;
+}
+
+/* Options are in range already; the checkpoint's own values come from a file. */
+static int check(const qvl__sampling *p) {
+    if (!(p->temperature >= 0 && p->temperature <= 100))
+        return qvl__fail(QVL_EINVAL, "temperature %g is out of range 0..100 (generation_config.json)", p->temperature);
+    if (!(p->top_p >= 0 && p->top_p <= 1)) return qvl__fail(QVL_EINVAL, "top_p %g is out of range 0..1 (generation_config.json)", p->top_p);
+    if (!(p->repetition >= 0.01 && p->repetition <= 100))
+        return qvl__fail(QVL_EINVAL, "repetition_penalty %g is out of range 0.01..100 (generation_config.json)", p->repetition);
+    if (p->top_k < 0) return qvl__fail(QVL_EINVAL, "top_k %d is negative (generation_config.json)", p->top_k);
+    return 0;
+}
+
+static bool has_penalty(const qvl__sampling *p) { return p->repetition != 1 || p->presence != 0 || p->frequency != 0; }
+
+int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt, size_t n) {
+    memset(s, 0, sizeof *s);
+    s->vocab = vocab;
+    qvl__sampling *p = &s->p;
+    p->temperature = f64_or(o, "temperature", g->temperature);
+    p->top_p = f64_or(o, "top_p", g->top_p);
+    p->repetition = f64_or(o, "repetition_penalty", g->repetition_penalty);
+    p->top_k = qvl__opt_is_set(o, "top_k") ? (int)qvl__opt_i64(o, "top_k") : g->top_k;
+    p->min_p = qvl__opt_f64(o, "min_p");
+    p->presence = qvl__opt_f64(o, "presence_penalty");
+    p->frequency = qvl__opt_f64(o, "frequency_penalty");
+    p->logprobs = (int)qvl__opt_i64(o, "logprobs");
+    p->seed = qvl__opt_i64(o, "seed");
+    int rc = check(p);
+    if (rc == 0) rc = parse_bias(p, qvl__opt_str(o, "logit_bias"), vocab);
+    size_t v = (size_t)vocab;
+    bool ok = rc == 0;
+    if (ok && p->repetition != 1) ok = (s->in_prompt = qvl__calloc(v, sizeof *s->in_prompt)) != NULL;
+    if (ok && has_penalty(p)) ok = (s->count = qvl__calloc(v, sizeof *s->count)) != NULL;
+    if (ok && p->logprobs >= 0 && (has_penalty(p) || p->n_bias)) ok = (s->raw = qvl__array(NULL, v, sizeof *s->raw)) != NULL;
+    if (ok && p->temperature > 0) ok = (s->cand = qvl__array(NULL, v, sizeof *s->cand)) != NULL;
+    if (rc == 0 && !ok) rc = QVL_ENOMEM;
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        if (prompt[i] < 0 || prompt[i] >= vocab)
+            rc = qvl__fail(QVL_EINVAL, "prompt token %zu is %d; the vocabulary has ids 0 to %d", i, (int)prompt[i], vocab - 1);
+        else if (s->in_prompt) s->in_prompt[prompt[i]] = 1;
+    }
+    if (rc < 0) qvl__sampler_free(s);
+    return rc;
+}
+
+void qvl__sampler_free(qvl__sampler *s) {
+    qvl__free(s->p.bias_id);
+    qvl__free(s->p.bias);
+    qvl__free(s->in_prompt);
+    qvl__free(s->count);
+    qvl__free(s->raw);
+    qvl__free(s->cand);
+    memset(s, 0, sizeof *s);
+}
+
+void qvl__sampler_accept(qvl__sampler *s, int32_t token) {
+    if (s->count && token >= 0 && token < s->vocab) s->count[token]++;
+}
+
+/* ---- random number ---- */
+
+void qvl__philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c1 = (uint32_t)p1;
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0;
+    out[1] = c1;
+    out[2] = c2;
+    out[3] = c3;
+}
+
+/* Uniform in (0, 1), 53 bits. */
+static double uniform(int64_t seed, uint64_t position) {
+    const uint32_t counter[4] = {(uint32_t)position, (uint32_t)(position >> 32), 0, 0};
+    const uint32_t key[2] = {(uint32_t)(uint64_t)seed, (uint32_t)((uint64_t)seed >> 32)};
+    uint32_t r[4];
+    qvl__philox4x32(counter, key, r);
+    return ((double)(((uint64_t)r[0] << 32 | r[1]) >> 11) + 0.5) * 0x1p-53;
+}
+
+/* ---- whole-vocabulary loops; written so that the compiler can use vectors ---- */
+
+static bool all_numbers(const float *x, int n) {
+    uint32_t bad = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        bad |= (uint32_t)((bits & 0x7FFFFFFFu) > 0x7F800000u) | (uint32_t)(bits == 0x7F800000u); /* NaN, +inf */
+    }
+    return !bad;
+}
+
+static float largest(const float *x, int n) {
+    enum { LANES = 16 };
+    float m[LANES];
+    for (int j = 0; j < LANES; j++) m[j] = -INFINITY;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) m[j] = x[i + j] > m[j] ? x[i + j] : m[j];
+    for (; i < n; i++) m[0] = x[i] > m[0] ? x[i] : m[0];
+    for (int j = 1; j < LANES; j++) m[0] = m[j] > m[0] ? m[j] : m[0];
+    return m[0];
+}
+
+/* log(sum(exp(x))) in the order of ids. */
+static double log_sum_exp(const float *x, int n) {
+    double max = largest(x, n), sum = 0;
+    for (int i = 0; i < n; i++) sum += exp((double)x[i] - max);
+    return max + log(sum);
+}
+
+/* The n largest of x[0, limit), best first, the lowest id among equals. */
+static int top_logits(const float *x, int limit, int n, int32_t *id) {
+    int have = 0;
+    for (int i = 0; i < limit; i++) {
+        if (have == n && !(x[i] > x[id[n - 1]])) continue;
+        int at = have < n ? have++ : n - 1;
+        for (; at > 0 && x[i] > x[id[at - 1]]; at--) id[at] = id[at - 1];
+        id[at] = i;
+    }
+    return have;
+}
+
+/* ---- bias and penalties ---- */
+
+/* What overflows stays comparable. */
+static float bounded(double x) { return x > FLT_MAX ? FLT_MAX : (float)x; }
+
+static void adjust(const qvl__sampler *s, float *x) {
+    const qvl__sampling *p = &s->p;
+    for (int i = 0; i < p->n_bias; i++) x[p->bias_id[i]] = bounded((double)x[p->bias_id[i]] + p->bias[i]);
+    if (!s->count) return;
+    double r = p->repetition;
+    for (int i = 0; i < s->vocab; i++) {
+        uint32_t n = s->count[i];
+        if (!n && !(s->in_prompt && s->in_prompt[i])) continue;
+        double l = x[i];
+        if (s->in_prompt) l = l > 0 ? l / r : l * r; /* Keskar et al. 2019 (CTRL), as in transformers */
+        if (n) l -= n * p->frequency + p->presence;
+        x[i] = bounded(l);
+    }
+}
+
+/* ---- candidates ---- */
+
+/* Floats in the order of unsigned integers. */
+static uint32_t order_of(float x) {
+    uint32_t bits;
+    x += 0.0f; /* -0 and 0 are equal */
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* The k-th largest logit of c[0, n), 1 <= k <= n: counts of the upper 11 bits tell the bucket it is in, then the next
+ * 11, then the last 10. */
+static uint32_t kth_largest(const candidate *c, int n, int k) {
+    static const int shift[] = {21, 10, 0}, bits[] = {11, 11, 10};
+    uint32_t prefix = 0, mask = 0;
+    for (int pass = 0; pass < 3; pass++) {
+        int counts[1 << 11] = {0};
+        uint32_t field = (1u << bits[pass]) - 1;
+        for (int i = 0; i < n; i++) {
+            uint32_t v = order_of(c[i].logit);
+            if ((v & mask) == prefix) counts[v >> shift[pass] & field]++;
+        }
+        uint32_t bucket = field;
+        while (counts[bucket] < k) k -= counts[bucket--];
+        prefix |= bucket << shift[pass];
+        mask |= field << shift[pass];
+    }
+    return prefix;
+}
+
+static bool above(const candidate *a, const candidate *b) { return a->logit > b->logit || (a->logit == b->logit && a->id < b->id); }
+
+/* Heap with the best candidate on top. */
+static void sift(candidate *c, int n, int i) {
+    candidate v = c[i];
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && above(&c[child + 1], &c[child])) child++;
+        if (!above(&c[child], &v)) break;
+        c[i] = c[child];
+    }
+    c[i] = v;
+}
+
+/* Moves the best of c[0, n) to its end, best last, until their probability reaches mass or c is empty; returns their
+ * number. *sum gets their probability. */
+static int take_best(candidate *c, int n, double mass, double *sum) {
+    int left = n;
+    *sum = 0;
+    for (int i = n / 2 - 1; i >= 0; i--) sift(c, n, i);
+    while (left && (left == n || *sum < mass)) {
+        candidate best = c[0];
+        c[0] = c[--left];
+        sift(c, left, 0);
+        c[left] = best;
+        *sum += best.prob;
+    }
+    return n - left;
+}
+
+/* Fills s->cand with what may be drawn; *first is where it begins, *total the sum of the probabilities. Returns its
+ * number, 0 when there is nothing. */
+static int distribution(qvl__sampler *s, const float *x, int limit, int *first, double *total) {
+    const qvl__sampling *p = &s->p;
+    candidate *c = s->cand;
+    *first = 0;
+    *total = 0;
+    float max = largest(x, limit);
+    if (max == -INFINITY) return 0;
+    /* prob < min_p * largest prob, in logits: nothing has to be computed for what is dropped */
+    double floor_logit = p->min_p > 0 ? max + p->temperature * log(p->min_p) : -INFINITY;
+    int n = 0;
+    for (int i = 0; i < limit; i++)
+        if (x[i] >= floor_logit && x[i] > -INFINITY) c[n++] = (candidate){.logit = x[i], .id = i};
+    if (p->top_k > 0 && p->top_k < n) {
+        uint32_t least = kth_largest(c, n, p->top_k);
+        int kept = 0;
+        for (int i = 0; i < n; i++)
+            if (order_of(c[i].logit) >= least) c[kept++] = c[i];
+        n = kept;
+    }
+    for (int i = 0; i < n; i++) {
+        c[i].prob = exp(((double)c[i].logit - max) / p->temperature);
+        *total += c[i].prob;
+    }
+    if (p->top_p >= 1) return n;
+    /* All that are below (1 - top_p) * total / n hold less than 1 - top_p together, so the cut lies above them. */
+    double least = (1 - p->top_p) * *total / n * (1 - 1e-9);
+    int likely = 0;
+    for (int i = 0; i < n; i++)
+        if (c[i].prob >= least) c[likely++] = c[i];
+    int kept = take_best(c, likely, p->top_p * *total, total);
+    *first = likely - kept;
+    return kept;
+}
+
+/* ---- the choice ---- */
+
+/* x -> what is chosen from: adjusted, without banned ids. */
+static int prepare(qvl__sampler *s, float *x, const int32_t *banned, int n_banned) {
+    if (!all_numbers(x, s->vocab)) return qvl__fail(QVL_ENUMERIC, "the model produced a logit that is not a finite number");
+    adjust(s, x);
+    for (int i = 0; i < n_banned; i++)
+        if (banned[i] >= 0 && banned[i] < s->vocab) x[banned[i]] = -INFINITY;
+    return 0;
+}
+
+static int nothing_left(void) { return qvl__fail(QVL_ENUMERIC, "no token is left to choose from: every logit is -inf or its token is banned"); }
+
+static int choose(qvl__sampler *s, const float *x, int limit, uint64_t position, int32_t *token) {
+    if (s->p.temperature == 0) {
+        float max = largest(x, limit);
+        if (max == -INFINITY) return nothing_left();
+        int i = 0;
+        while (x[i] != max) i++;
+        *token = i;
+        return 0;
+    }
+    int first;
+    double total;
+    int n = distribution(s, x, limit, &first, &total);
+    if (n == 0) return nothing_left();
+    const candidate *c = s->cand + first;
+    double rest = uniform(s->p.seed, position) * total;
+    int chosen = 0;
+    for (int i = 0; i < n; i++) {
+        if (c[i].prob > 0) chosen = i; /* rounding may leave a rest after the last one */
+        rest -= c[i].prob;
+        if (rest < 0) break;
+    }
+    *token = c[chosen].id;
+    return 0;
+}
+
+int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position, qvl__choice *out) {
+    if (limit > s->vocab) limit = s->vocab;
+    out->logprob = NAN;
+    out->n_top = 0;
+    double lse = 0;
+    const float *raw = s->raw ? s->raw : logits;
+    if (s->raw) memcpy(s->raw, logits, (size_t)s->vocab * sizeof *s->raw);
+    if (s->p.logprobs >= 0 && all_numbers(logits, s->vocab)) {
+        lse = log_sum_exp(logits, s->vocab);
+        out->n_top = top_logits(logits, limit, s->p.logprobs, out->top_id);
+        for (int i = 0; i < out->n_top; i++) out->top_logprob[i] = (float)(logits[out->top_id[i]] - lse);
+    }
+    int rc = prepare(s, logits, banned, n_banned);
+    if (rc == 0) rc = choose(s, logits, limit, position, &out->token);
+    if (rc == 0 && s->p.logprobs >= 0) out->logprob = (float)(raw[out->token] - lse);
+    return rc;
+}
+
+static int best_first(const void *a, const void *b) { return above(a, b) ? -1 : 1; }
+
+int qvl__sample_distribution(qvl__sampler *s, float *logits, int limit, int32_t *ids, double *probs) {
+    int first, rc = prepare(s, logits, NULL, 0);
+    double total;
+    if (rc < 0) return rc;
+    int n = distribution(s, logits, limit < s->vocab ? limit : s->vocab, &first, &total);
+    qsort(s->cand + first, (size_t)n, sizeof *s->cand, best_first);
+    for (int i = 0; i < n; i++) {
+        ids[i] = s->cand[first + i].id;
+        probs[i] = s->cand[first + i].prob / total;
+    }
+    return n;
+}

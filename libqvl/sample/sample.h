@@ -1,0 +1,60 @@
+/* sample.h - logits to a token.
+ *
+ * Job:        penalties, bias, temperature, min-p, top-k, top-p, a counter-based random number, log-probabilities.
+ * Input:      float logits of one position; what the request asked for; the tokens so far.
+ * Output:     one token, with log-probabilities where wanted.
+ * Invariants: the outcome is a function of (logits, options, tokens so far, seed, position) and nothing else.
+ */
+#ifndef QVL__SAMPLE_H
+#define QVL__SAMPLE_H
+
+#include "../checkpoint/checkpoint.h"
+
+typedef struct {
+    double temperature, top_p, min_p, repetition, presence, frequency;
+    int top_k, logprobs; /* logprobs: -1 none, else how many alternatives (at most 64) */
+    int64_t seed;
+    int32_t *bias_id;
+    float *bias;
+    int n_bias;
+} qvl__sampling;
+
+typedef struct {
+    int32_t token;
+    float logprob; /* of the model's own distribution: log-softmax of the raw logits */
+    int n_top;
+    int32_t top_id[64];
+    float top_logprob[64];
+} qvl__choice;
+
+/* All memory is taken by init; choosing a token takes none. */
+typedef struct {
+    qvl__sampling p;
+    int vocab;
+    uint8_t *in_prompt; /* one byte per token of the vocabulary, only with a repetition penalty */
+    uint32_t *count;    /* per token: occurrences in the answer, only with a penalty */
+    float *raw;         /* the logits as they came, only with logprobs and something that changes them */
+    struct qvl__candidate {
+        double prob; /* not normalized until the end */
+        float logit;
+        int32_t id;
+    } *cand; /* vocab entries of scratch, only without greedy */
+} qvl__sampler;
+
+/* Reads the request's options (unset ones from g); checks ids against vocab. On failure s holds nothing. */
+int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt, size_t n);
+void qvl__sampler_free(qvl__sampler *s);
+/* position = index of the token to be chosen in the whole sequence; logits are overwritten. limit: ids >= limit are
+ * never chosen (padding of the vocabulary beyond the tokenizer). banned: ids that may not be chosen now (end tokens
+ * before min_tokens). QVL_ENUMERIC when a logit is NaN or +inf or when none is left to choose. Greedy takes the lowest
+ * id among equals. */
+int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position, qvl__choice *out);
+void qvl__sampler_accept(qvl__sampler *s, int32_t token);
+/* What sampling would draw from: kept ids in descending probability (equal ones: the lowest id first), for tests.
+ * Returns their number. Not for greedy. */
+int qvl__sample_distribution(qvl__sampler *s, float *logits, int limit, int32_t *ids, double *probs);
+/* Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 128 random bits that depend on
+ * counter and key alone. */
+void qvl__philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+
+#endif

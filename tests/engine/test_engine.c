@@ -1,0 +1,231 @@
+/* test_engine.c - nobody can tell from an answer that others were there.
+ *
+ * Random schedules (arrivals, cancels, chunk sizes, thread counts, shared pictures) against the same requests run
+ * alone: tokens, text and every bit of every logit. Then eight threads at once, for ThreadSanitizer.
+ * QVL_TEST_SEED replays a schedule; QVL_TEST_REQUESTS sets how many requests run.
+ */
+#include "engine_help.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define KINDS 24 /* different prompts */
+
+static answer alone[KINDS];
+
+static void run_alone(qvl_model *m) {
+    for (int k = 0; k < KINDS; k++) {
+        qvl_options *eo = options("max_requests", "1", "max_context", "512", NULL), *so = sampling((uint64_t)k);
+        qvl_engine *e;
+        OK(qvl_engine_new(&e, m, eo));
+        qvl_prompt *p = prompt(m, (uint64_t)k);
+        OK(qvl_engine_submit(e, p, so, NULL));
+        memset(&alone[k], 0, sizeof alone[k]);
+        while (!ended(&alone[k])) {
+            int n = qvl_engine_step(e, 0);
+            OK(n);
+            for (int i = 0; i < n; i++) take(&alone[k], qvl_engine_event(e, i));
+        }
+        assert_int_equal(alone[k].error, 0);
+        assert_int_equal(blocks_used(e), 0);
+        qvl_prompt_free(p);
+        qvl_engine_free(e);
+        qvl_options_free(eo);
+        qvl_options_free(so);
+    }
+}
+
+typedef struct {
+    uint64_t id;
+    int kind, cancel_after; /* cancel when it has this many tokens; -1 never */
+    answer a;
+} slot;
+
+static void one_schedule(qvl_model *m, qvl_prompt **prompts, uint64_t seed, int requests) {
+    uint64_t s = seed;
+    char batched[16], most[16], blocks[16];
+    snprintf(batched, sizeof batched, "%d", (int[]){1, 5, 7, 33, 64, 512}[rnd(&s) % 6]);
+    snprintf(most, sizeof most, "%d", 1 + (int)(rnd(&s) % 10));
+    snprintf(blocks, sizeof blocks, "%d", 16 + (int)(rnd(&s) % 40));
+    qvl_options *eo = options("max_requests", most, "max_batched_tokens", batched, "kv_blocks", blocks, "max_context", "512", NULL);
+    qvl_engine *e;
+    OK(qvl_engine_new(&e, m, eo));
+    slot *slots = calloc((size_t)requests, sizeof *slots);
+    assert_non_null(slots);
+    int sent = 0, done = 0;
+    while (done < requests) {
+        for (int burst = (int)(rnd(&s) % 4); burst > 0 && sent < requests; burst--) {
+            slot *x = &slots[sent++];
+            x->kind = (int)(rnd(&s) % KINDS);
+            x->cancel_after = rnd(&s) % 8 == 0 ? (int)(rnd(&s) % 4) : -1;
+            qvl_options *so = sampling((uint64_t)x->kind);
+            OK(qvl_engine_submit(e, prompts[x->kind], so, &x->id));
+            qvl_options_free(so);
+        }
+        int n = qvl_engine_step(e, 0);
+        OK(n);
+        for (int i = 0; i < n; i++) {
+            const qvl_event *v = qvl_engine_event(e, i);
+            slot *x = NULL;
+            for (int k = 0; k < sent; k++)
+                if (slots[k].id == qvl_event_request(v)) x = &slots[k];
+            assert_non_null(x);
+            assert_false(ended(&x->a));
+            take(&x->a, v);
+            if (x->cancel_after >= 0 && x->a.n >= x->cancel_after) qvl_engine_cancel(e, x->id);
+            if (ended(&x->a)) done++;
+        }
+    }
+    for (int k = 0; k < requests; k++) {
+        const answer *a = &slots[k].a, *b = &alone[slots[k].kind];
+        if (strcmp(a->reason, "cancelled") == 0) assert_memory_equal(a->tokens, b->tokens, (size_t)a->n * sizeof *a->tokens);
+        else if (!same(a, b))
+            fail_msg("seed %llu (QVL_TEST_SEED): request %d of kind %d differs from the same request alone: %d tokens, %s, error %d",
+                     (unsigned long long)seed, k, slots[k].kind, a->n, a->reason, a->error);
+    }
+    assert_int_equal(qvl_engine_step(e, 0), 0);
+    assert_int_equal(blocks_used(e), 0);
+    free(slots);
+    qvl_engine_free(e);
+    qvl_options_free(eo);
+}
+
+static void schedules(void **state) {
+    (void)state;
+    const char *replay = getenv("QVL_TEST_SEED"), *many = getenv("QVL_TEST_REQUESTS");
+    int per = 40, rounds = (many ? atoi(many) : 480) / per;
+    static const char *const threads[] = {"1", "2", "3"}, *const dtypes[] = {"auto", "f32", "auto"};
+    for (int t = 0; t < 3; t++) {
+        qvl_model *m = load(threads[t], dtypes[t]);
+        if (t < 2) run_alone(m); /* threads 3 is compared with threads 1: same dtype, same bits */
+        qvl_model *first = NULL;
+        if (t == 2) {
+            first = load("1", "auto");
+            run_alone(first);
+        }
+        qvl_prompt *prompts[KINDS];
+        for (int k = 0; k < KINDS; k++) prompts[k] = prompt(m, (uint64_t)k);
+        for (int r = 0; r < rounds / 3; r++) one_schedule(m, prompts, replay ? strtoull(replay, NULL, 10) : (uint64_t)(1000 * t + r), per);
+        for (int k = 0; k < KINDS; k++) qvl_prompt_free(prompts[k]);
+        qvl_model_free(first);
+        qvl_model_free(m);
+    }
+}
+
+/* ---- threads ---- */
+
+typedef struct {
+    qvl_engine *e;
+    qvl_prompt **prompts;
+    atomic_int *submitted;
+    uint64_t seed;
+} client;
+
+static void *client_main(void *arg) {
+    client *c = arg;
+    for (int i = 0; i < 12; i++) {
+        uint64_t id = 0;
+        int kind = (int)(rnd(&c->seed) % KINDS);
+        qvl_options *so = sampling((uint64_t)kind);
+        if (qvl_engine_submit(c->e, c->prompts[kind], so, &id) == 0) atomic_fetch_add(c->submitted, 1);
+        qvl_options_free(so);
+        char *json = NULL;
+        if (qvl_engine_stats(c->e, &json) == 0) qvl_free(json);
+        if (rnd(&c->seed) % 3 == 0) qvl_engine_cancel(c->e, id);
+        if (rnd(&c->seed) % 3 == 0) qvl_engine_wake(c->e);
+    }
+    return NULL;
+}
+
+static void threads(void **state) {
+    (void)state;
+    qvl_model *m = load("2", "auto");
+    qvl_options *eo = options("max_requests", "6", "max_context", "512", "kv_blocks", "64", NULL);
+    qvl_engine *e;
+    OK(qvl_engine_new(&e, m, eo));
+    qvl_prompt *prompts[KINDS];
+    for (int k = 0; k < KINDS; k++) prompts[k] = prompt(m, (uint64_t)k);
+    atomic_int submitted = 0;
+    client clients[8];
+    pthread_t ids[8];
+    for (int i = 0; i < 8; i++) {
+        clients[i] = (client){e, prompts, &submitted, (uint64_t)i};
+        assert_int_equal(pthread_create(&ids[i], NULL, client_main, &clients[i]), 0);
+    }
+    int done = 0, joined = 0;
+    while (!joined || done < atomic_load(&submitted)) {
+        int n = qvl_engine_step(e, 10);
+        OK(n);
+        for (int i = 0; i < n; i++) {
+            int type = qvl_event_type(qvl_engine_event(e, i));
+            assert_int_not_equal(type, QVL_EVENT_ERROR);
+            done += type == QVL_EVENT_FINISHED;
+        }
+        if (!joined && atomic_load(&submitted) == 8 * 12) {
+            for (int i = 0; i < 8; i++) pthread_join(ids[i], NULL);
+            joined = 1;
+        }
+    }
+    assert_int_equal(done, 96);
+    assert_int_equal(blocks_used(e), 0);
+    for (int k = 0; k < KINDS; k++) qvl_prompt_free(prompts[k]);
+    qvl_model_free(m); /* the engine keeps it alive */
+    qvl_engine_free(e);
+    qvl_options_free(eo);
+}
+
+static void *step_elsewhere(void *e) { return (void *)(intptr_t)qvl_engine_step(e, 0); }
+
+static void one_owner(void **state) {
+    (void)state;
+    qvl_model *m = load("1", "auto");
+    qvl_engine *e;
+    OK(qvl_engine_new(&e, m, NULL));
+    OK(qvl_engine_step(e, 0));
+    pthread_t t;
+    void *rc;
+    assert_int_equal(pthread_create(&t, NULL, step_elsewhere, e), 0);
+    pthread_join(t, &rc);
+    assert_int_equal((intptr_t)rc, QVL_EMISUSE);
+    qvl_engine_free(e);
+    qvl_model_free(m);
+}
+
+static void refused(void **state) {
+    (void)state;
+    qvl_model *m = load("1", "auto");
+    qvl_options *eo = options("max_context", "128", "kv_blocks", "2", NULL), *so = options("max_tokens", "100", NULL);
+    qvl_engine *e;
+    OK(qvl_engine_new(&e, m, eo));
+    int32_t ids[200];
+    for (int i = 0; i < 200; i++) ids[i] = i + 100;
+    qvl_prompt *longer, *fits;
+    OK(qvl_prompt_from_tokens(&longer, m, ids, 200));
+    OK(qvl_prompt_from_tokens(&fits, m, ids, 20));
+    assert_int_equal(qvl_engine_submit(e, longer, NULL, NULL), QVL_ECONTEXT);
+    assert_non_null(strstr(qvl_last_error(), "128"));
+    assert_int_equal(qvl_engine_submit(e, fits, so, NULL), QVL_ECONTEXT);
+    assert_non_null(strstr(qvl_last_error(), "kv_blocks"));
+    OK(qvl_options_set(so, "max_tokens", "4"));
+    uint64_t id;
+    OK(qvl_engine_submit(e, fits, so, &id));
+    answer a = {0};
+    while (!ended(&a)) {
+        int n = qvl_engine_step(e, 0);
+        OK(n);
+        for (int i = 0; i < n; i++) take(&a, qvl_engine_event(e, i));
+    }
+    assert_int_equal(a.error, 0);
+    assert_int_equal(qvl_engine_cancel(e, id), 0);
+    qvl_prompt_free(longer);
+    qvl_prompt_free(fits);
+    qvl_options_free(eo);
+    qvl_options_free(so);
+    qvl_engine_free(e);
+    qvl_model_free(m);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(schedules), cmocka_unit_test(threads), cmocka_unit_test(one_owner), cmocka_unit_test(refused)};
+    return cmocka_run_group_tests_name("engine", tests, NULL, NULL);
+}

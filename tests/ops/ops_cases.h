@@ -1,0 +1,725 @@
+/* ops_cases.h - the checks of the CPU op table, for whatever levels the including program opens.
+ *
+ * Job:        every op against a reference in double precision, and every op against itself: alone, batched, chunked,
+ *             on 1, 2 and 3 threads, with NaN in all memory that must not matter - the same bits.
+ * Input:      the including program defines n_levels and open_level().
+ * Output:     cmocka tests, listed in OPS_TESTS.
+ * Invariants: bounds are stated where they are used: u = 2^-24 is half an ulp of 1, and a sum of k products in order
+ *             is off by at most about k u times the sum of their magnitudes.
+ */
+#ifndef OPS_CASES_H
+#define OPS_CASES_H
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "../../libqvl/device/cpu/cpu.h"
+
+#define U 0x1p-24
+
+static const int n_levels;
+/* The device of level i with bf16_math asked for or not, or NULL if this machine lacks the level. */
+static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math);
+
+/* ---- helpers ---- */
+
+static uint64_t rng = 88172645463325252ull;
+static uint32_t random_u32(void) {
+    rng ^= rng << 13;
+    rng ^= rng >> 7;
+    rng ^= rng << 17;
+    return (uint32_t)(rng >> 32);
+}
+static float random_float(void) { return (float)((double)random_u32() / 2147483648.0 - 1.0); } /* -1 .. 1 */
+static int random_below(int n) { return (int)(random_u32() % (uint32_t)n); }
+
+static void *must(void *p) {
+    if (!p) abort();
+    return p;
+}
+static float *floats(size_t n) { return must(malloc((n + 1) * sizeof(float))); }
+static float *random_floats(size_t n, float scale) {
+    float *x = floats(n);
+    for (size_t i = 0; i < n; i++) x[i] = random_float() * scale;
+    return x;
+}
+static float *copy_floats(const float *x, size_t n) {
+    float *y = floats(n);
+    memcpy(y, x, n * sizeof(float));
+    return y;
+}
+static void fill_nan(float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = NAN;
+}
+
+/* Rounding as IEEE defines it, by scaling to the grid of the format: not the bit tricks that are being tested. */
+static double to_grid(double x, int bits, int min_exp, double max) {
+    if (x == 0 || !isfinite(x)) return x;
+    int e;
+    frexp(x, &e);
+    e = e - 1 < min_exp ? min_exp : e - 1;
+    double r = ldexp(nearbyint(ldexp(x, bits - e)), e - bits);
+    return fabs(r) > max ? copysign(INFINITY, r) : r;
+}
+static float rounded(float x, qvl__type t) {
+    if (t == QVL__BF16) return (float)to_grid(x, 7, -126, 0x1.fep127);
+    if (t == QVL__F16) return (float)to_grid(x, 10, -14, 65504);
+    return x;
+}
+/* n numbers that type t represents, as the bytes of a checkpoint. */
+static void *encode(const float *x, size_t n, qvl__type t) {
+    uint8_t *out = must(malloc(n * 4 + 4));
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &x[i], 4);
+        uint16_t h = (uint16_t)(u >> 16);
+        if (t == QVL__F16) {
+            float a = fabsf(x[i]);
+            int e;
+            frexpf(a, &e);
+            if (a == 0) h = 0;
+            else if (e - 1 < -14) h = (uint16_t)ldexpf(a, 24);
+            else h = (uint16_t)((e - 1 + 15) << 10 | ((int)ldexpf(a, 10 - (e - 1)) & 1023));
+            if (signbit(x[i])) h |= 0x8000;
+        }
+        if (t == QVL__F32) memcpy(out + 4 * i, &u, 4);
+        else memcpy(out + 2 * i, &h, 2);
+    }
+    return out;
+}
+
+static void check_near(const char *what, const char *level, double got, double want, double bound) {
+    if (fabs(got - want) <= bound) return;
+    fail_msg("%s at %s: got %.9g, want %.9g, off by %.3g, bound %.3g", what, level, got, want, fabs(got - want), bound);
+}
+static void check_bits(const char *what, const char *level, const float *a, const float *b, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(&a[i], &b[i], 4) != 0) fail_msg("%s at %s: element %zu differs: %.9g and %.9g", what, level, i, (double)a[i], (double)b[i]);
+}
+
+/* Runs body once for each level that can be opened, on the given number of threads, as d. */
+static void each_level(int threads, bool bf16_math, void (*body)(qvl__device *d)) {
+    qvl__pool *pool;
+    assert_int_equal(qvl__pool_new(&pool, threads), 0);
+    for (int i = 0; i < n_levels; i++) {
+        qvl__device *d = open_level(i, pool, bf16_math);
+        if (!d) continue;
+        body(d);
+        d->close(d);
+    }
+    qvl__pool_free(pool);
+}
+
+/* The same level as d on another number of threads. */
+static qvl__device *reopen(const qvl__device *d, int threads, qvl__pool **pool) {
+    assert_int_equal(qvl__pool_new(pool, threads), 0);
+    for (int i = 0; i < n_levels; i++) {
+        qvl__device *e = open_level(i, *pool, d->bf16_math);
+        if (e && strcmp(e->isa, d->isa) == 0) return e;
+        if (e) e->close(e);
+    }
+    abort();
+}
+
+static qvl__matrix new_matrix(qvl__device *d, qvl__type type, int n, int k, bool gate_up, const float *w) {
+    qvl__matrix m;
+    assert_int_equal(d->matrix_new(d, &m, type, n, k, gate_up), 0);
+    d->matrix_put(d, &m, 0, n, QVL__F32, w);
+    return m;
+}
+
+/* ---- packing and embed ---- */
+
+static void pack_body(qvl__device *d) {
+    static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__F16};
+    const int n = 53, k = 131;
+    float *w = random_floats((size_t)n * k, 3.0f);
+    /* Ties, subnormals, the ends of the range and signed zero. */
+    static const float special[] = {0.0f, -0.0f, 1.00390625f, 1.01171875f, 65504.0f, 65519.0f, 6.1e-5f, 5.9e-8f, 2.98e-8f, 1.00048828125f,
+                                    1.00146484375f, -1e-7f, 1e-39f, 3.3e38f, 65535.0f};
+    memcpy(w, special, sizeof special);
+    for (int from = 0; from < 3; from++)
+        for (int to = 0; to < 3; to++) {
+            float *src = floats((size_t)n * k);
+            for (int i = 0; i < n * k; i++) src[i] = rounded(w[i], types[from]);
+            for (int i = 0; i < n * k; i++)
+                if (!isfinite(src[i])) src[i] = 1.0f;
+            char *bytes = encode(src, (size_t)n * k, types[from]);
+            qvl__matrix m;
+            assert_int_equal(d->matrix_new(d, &m, types[to], n, k, false), 0);
+            for (int f = 0; f < n;) { /* in uneven pieces */
+                int count = 1 + random_below(20);
+                if (count > n - f) count = n - f;
+                d->matrix_put(d, &m, f, count, types[from], bytes + (size_t)f * k * qvl__type_size(types[from]));
+                f += count;
+            }
+            int32_t ids[53];
+            for (int i = 0; i < n; i++) ids[i] = n - 1 - i;
+            float *y = floats((size_t)n * k);
+            d->embed(d, y, &m, ids, n);
+            for (int r = 0; r < n; r++)
+                for (int i = 0; i < k; i++) {
+                    float want = rounded(src[(size_t)ids[r] * k + i], types[to]), got = y[(size_t)r * k + i];
+                    if (memcmp(&want, &got, 4) != 0) fail_msg("%d to %d: %.9g became %.9g, not %.9g", from, to, (double)src[(size_t)ids[r] * k + i], (double)got, (double)want);
+                }
+            d->matrix_free(d, &m);
+            free(y);
+            free(bytes);
+            free(src);
+        }
+    free(w);
+}
+static void test_pack_embed(void **state) {
+    (void)state;
+    each_level(2, false, pack_body);
+}
+
+/* ---- matmul ---- */
+
+static double reference_finish(qvl__epilogue e, double v, double y, double up) {
+    switch (e) {
+    case QVL__EPI_NONE: return v;
+    case QVL__EPI_ADD: return y + v;
+    case QVL__EPI_GELU_TANH: return v / (1 + exp(-2 * sqrt(2 / M_PI) * (v + 0.044715 * v * v * v))); /* (1 + tanh u) / 2 */
+    case QVL__EPI_GELU_ERF: return 0.5 * v * erfc(-v / sqrt(2));
+    case QVL__EPI_SWIGLU: return v / (1 + exp(-v)) * up;
+    }
+    return NAN;
+}
+
+static void matmul_case(qvl__device *d, qvl__type type, qvl__epilogue e, int rows, int n, int k, bool with_bias) {
+    bool gate_up = e == QVL__EPI_SWIGLU;
+    if (gate_up) n *= 2;
+    int n_out = gate_up ? n / 2 : n;
+    float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)rows * k, 2.0f), *bias = random_floats((size_t)n, 1.0f);
+    float *y = random_floats((size_t)rows * n_out, 1.0f), *before = copy_floats(y, (size_t)rows * n_out);
+    if (e != QVL__EPI_ADD) fill_nan(y, (size_t)rows * n_out);
+    y[(size_t)rows * n_out] = 12345.0f; /* the guard */
+    qvl__matrix m = new_matrix(d, type, n, k, gate_up, w);
+    d->matmul(d, y, x, rows, &m, with_bias ? bias : NULL, e);
+    assert_true(y[(size_t)rows * n_out] == 12345.0f);
+    bool dot = d->bf16_math && type == QVL__BF16;
+    for (int i = 0; i < (int)((size_t)n * k); i++) w[i] = rounded(w[i], type);
+    if (dot)
+        for (int i = 0; i < rows * k; i++) x[i] = rounded(x[i], QVL__BF16);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < n_out; c++) {
+            double v[2] = {0, 0}, mag[2] = {0, 0};
+            for (int part = 0; part <= gate_up; part++) {
+                const float *col = w + (size_t)(c + part * n_out) * k;
+                for (int i = 0; i < k; i++) {
+                    double p = (double)x[(size_t)r * k + i] * col[i];
+                    v[part] += p;
+                    mag[part] += fabs(p);
+                }
+                if (with_bias) v[part] += bias[c + part * n_out], mag[part] += fabs(bias[c + part * n_out]);
+            }
+            double old = before[(size_t)r * n_out + c], want = reference_finish(e, v[0], old, v[1]);
+            /* the sum's error, passed through a function whose slope is at most 1.13, plus the function's own 1e-6 */
+            double sum = (k + 4) * U * mag[0], bound = sum;
+            if (e == QVL__EPI_ADD) bound = sum + 2 * U * (fabs(old) + fabs(v[0]));
+            if (e == QVL__EPI_GELU_TANH || e == QVL__EPI_GELU_ERF) bound = 1.13 * sum + 1e-6 * fabs(want);
+            if (e == QVL__EPI_SWIGLU)
+                bound = 1.13 * sum * fabs(v[1]) + (k + 4) * U * mag[1] * fabs(v[0]) + 1.13 * sum * (k + 4) * U * mag[1] + 1e-6 * fabs(want);
+            check_near("matmul", d->isa, y[(size_t)r * n_out + c], want, bound + 1e-30);
+        }
+    d->matrix_free(d, &m);
+    free(before);
+    free(y);
+    free(bias);
+    free(x);
+    free(w);
+}
+
+static const qvl__epilogue epilogues[] = {QVL__EPI_NONE, QVL__EPI_ADD, QVL__EPI_GELU_TANH, QVL__EPI_GELU_ERF, QVL__EPI_SWIGLU};
+
+static void matmul_body(qvl__device *d) {
+    static const int shapes[][3] = {/* rows, n, k */
+        {1, 1, 1}, {1, 16, 16}, {1, 130, 77}, {2, 17, 33}, {3, 95, 64}, {4, 15, 7}, {5, 100, 100}, {6, 33, 301},
+        {7, 48, 600}, {12, 129, 257}, {33, 31, 513}, {97, 40, 259}, {200, 70, 90}};
+    for (int t = 0; t < 3; t++)
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            for (int e = 0; e < 5; e++) matmul_case(d, (qvl__type)t, epilogues[e], shapes[s][0], shapes[s][1], shapes[s][2], s % 2 == 0);
+}
+static void test_matmul(void **state) {
+    (void)state;
+    each_level(2, false, matmul_body);
+}
+
+static void matmul_dot_body(qvl__device *d) {
+    if (d->bf16_math) matmul_body(d);
+}
+static void test_matmul_bf16_math(void **state) {
+    (void)state;
+    each_level(2, true, matmul_dot_body);
+}
+
+static void run_matmul(qvl__device *d, float *y, const float *y0, const float *x, int rows, const qvl__matrix *m, const float *bias, qvl__epilogue e, int step) {
+    size_t n_out = (size_t)(m->gate_up ? m->n / 2 : m->n);
+    memcpy(y, y0, (size_t)rows * n_out * sizeof(float));
+    for (int r = 0; r < rows; r += step)
+        d->matmul(d, y + (size_t)r * n_out, x + (size_t)r * (size_t)m->k, rows - r < step ? rows - r : step, m, bias, e);
+}
+
+static void matmul_bits_body(qvl__device *d) {
+    static const int shapes[][3] = {{33, 70, 300}, {200, 37, 531}, {8, 300, 1031}};
+    qvl__pool *pool1, *pool3;
+    qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
+    for (int t = 0; t < 3; t++)
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            for (int i = 0; i < 5; i++) {
+                qvl__epilogue e = epilogues[i];
+                int rows = shapes[s][0], n_out = shapes[s][1], k = shapes[s][2], n = e == QVL__EPI_SWIGLU ? 2 * n_out : n_out;
+                size_t size = (size_t)rows * n_out;
+                float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)rows * k, 1.0f), *bias = random_floats((size_t)n, 1.0f);
+                float *y0 = random_floats(size, 1.0f), *y = floats(size), *z = floats(size);
+                qvl__matrix m = new_matrix(d, (qvl__type)t, n, k, e == QVL__EPI_SWIGLU, w);
+                run_matmul(d, y, y0, x, rows, &m, bias, e, rows);
+                static const int steps[] = {1, 2, 3, 5, 6, 7, 20, 100};
+                for (size_t j = 0; j < sizeof steps / sizeof *steps; j++) {
+                    run_matmul(d, z, y0, x, rows, &m, bias, e, steps[j]);
+                    check_bits("matmul in pieces", d->isa, y, z, size);
+                }
+                run_matmul(d1, z, y0, x, rows, &m, bias, e, rows);
+                check_bits("matmul on 1 thread", d->isa, y, z, size);
+                run_matmul(d3, z, y0, x, rows, &m, bias, e, rows);
+                check_bits("matmul on 3 threads", d->isa, y, z, size);
+                run_matmul(d3, z, y0, x, rows, &m, bias, e, 4);
+                check_bits("matmul in pieces on 3 threads", d->isa, y, z, size);
+                d->matrix_free(d, &m);
+                free(z), free(y), free(y0), free(bias), free(x), free(w);
+            }
+    d1->close(d1), d3->close(d3);
+    qvl__pool_free(pool1), qvl__pool_free(pool3);
+}
+static void test_matmul_bits(void **state) {
+    (void)state;
+    each_level(2, false, matmul_bits_body);
+}
+static void test_matmul_bits_bf16_math(void **state) {
+    (void)state;
+    each_level(2, true, matmul_bits_body);
+}
+
+/* The activation functions alone, over their whole range, through a 1 by 1 matrix. */
+static void activation_body(qvl__device *d) {
+    const float one = 1.0f, two[2] = {1.0f, 1.0f};
+    const int rows = 4001;
+    float *x = floats((size_t)rows), *y = floats((size_t)rows);
+    for (int i = 0; i < rows; i++) x[i] = (float)(i - 2000) / 100.0f; /* -20 .. 20 */
+    qvl__matrix m = new_matrix(d, QVL__F32, 1, 1, false, &one), g = new_matrix(d, QVL__F32, 2, 1, true, two);
+    for (int e = 2; e < 5; e++) {
+        d->matmul(d, y, x, rows, e == 4 ? &g : &m, NULL, epilogues[e]);
+        for (int i = 0; i < rows; i++) {
+            double want = reference_finish(epilogues[e], x[i], 0, x[i]);
+            /* 1e-6 relative, and where the result is x times e^a, three roundings of a: at a = -20 those are 4e-6 */
+            double a = e == 2 ? 1.6 * (x[i] + 0.044715 * pow(x[i], 3)) : e == 3 ? -0.5 * x[i] * x[i] : x[i];
+            double bound = (1e-6 + (x[i] < 0 ? 3 * U * fabs(a) : 0)) * fabs(want) + 1e-30;
+            check_near(e == 2 ? "gelu_tanh" : e == 3 ? "gelu_erf" : "swiglu", d->isa, y[i], want, bound);
+        }
+    }
+    const float odd[] = {NAN, 200.0f, -200.0f, 1e30f};
+    d->matmul(d, y, odd, 4, &m, NULL, QVL__EPI_GELU_ERF);
+    assert_true(isnan(y[0]) && y[1] == 200.0f && y[2] == 0.0f && y[3] == 1e30f);
+    d->matmul(d, y, odd, 4, &m, NULL, QVL__EPI_GELU_TANH);
+    assert_true(isnan(y[0]) && y[1] == 200.0f && fabsf(y[2]) < 1e-30f && y[3] == 1e30f);
+    d->matrix_free(d, &m);
+    d->matrix_free(d, &g);
+    free(y);
+    free(x);
+}
+static void test_activations(void **state) {
+    (void)state;
+    each_level(2, false, activation_body);
+}
+
+/* ---- norms and row ops ---- */
+
+static void norm_body(qvl__device *d) {
+    static const int dims[] = {1, 7, 16, 33, 64, 72, 100, 1000, 2048};
+    const int rows = 37;
+    qvl__pool *pool3;
+    qvl__device *d3 = reopen(d, 3, &pool3);
+    for (size_t s = 0; s < sizeof dims / sizeof *dims; s++) {
+        int n = dims[s];
+        size_t size = (size_t)rows * n;
+        float *x = random_floats(size, 4.0f), *w = random_floats((size_t)n, 1.0f), *b = random_floats((size_t)n, 1.0f), *y = floats(size), *z = floats(size);
+        for (size_t i = 0; i < size; i++) x[i] += 1.0f;
+        for (int kind = 0; kind < 2; kind++) {
+            if (kind) d->layer_norm(d, y, x, w, b, rows, n, 1e-6f);
+            else d->rms_norm(d, y, x, w, rows, n, 1e-6f);
+            for (int r = 0; r < rows; r++) {
+                double mean = 0, square = 0, mag = 0;
+                for (int i = 0; i < n && kind; i++) mean += x[(size_t)r * n + i] / (double)n;
+                for (int i = 0; i < n; i++) {
+                    double v = x[(size_t)r * n + i] - mean;
+                    square += v * v / n;
+                    mag = fmax(mag, fabs(x[(size_t)r * n + i]));
+                }
+                double inv = 1 / sqrt(square + 1e-6);
+                for (int i = 0; i < n; i++) {
+                    double want = (x[(size_t)r * n + i] - mean) * inv * w[i] + (kind ? b[i] : 0);
+                    /* 32 u: a tree of lanes keeps the sum's relative error far below n u. The mean's error is n/64 u of
+                     * the largest x and inv turns it into output. */
+                    double bound = 32 * U * (fabs(want) + fabs(b[i])) + (kind ? (n / 64.0 + 8) * U * mag * inv * fabs(w[i]) : 0) + 1e-30;
+                    check_near(kind ? "layer_norm" : "rms_norm", d->isa, y[(size_t)r * n + i], want, bound);
+                }
+            }
+            for (int r = 0; r < rows; r++) {
+                if (kind) d3->layer_norm(d3, z + (size_t)r * n, x + (size_t)r * n, w, b, 1, n, 1e-6f);
+                else d3->rms_norm(d3, z + (size_t)r * n, x + (size_t)r * n, w, 1, n, 1e-6f);
+            }
+            check_bits("norm row by row", d->isa, y, z, size);
+            if (kind) d3->layer_norm(d3, z, x, w, b, rows, n, 1e-6f);
+            else d3->rms_norm(d3, z, x, w, rows, n, 1e-6f);
+            check_bits("norm on 3 threads", d->isa, y, z, size);
+        }
+        free(z), free(y), free(b), free(w), free(x);
+    }
+    d3->close(d3);
+    qvl__pool_free(pool3);
+}
+static void test_norms(void **state) {
+    (void)state;
+    each_level(2, false, norm_body);
+}
+
+static void row_ops_body(qvl__device *d) {
+    const int rows = 150, dim = 333, places = 60;
+    size_t size = (size_t)rows * dim;
+    float *x = random_floats(size, 1.0f), *table = random_floats((size_t)places * dim, 1.0f), *y = floats(size), *want = floats(size);
+    int32_t idx[600];
+    float weight[600];
+    for (int i = 0; i < 600; i++) idx[i] = random_below(places), weight[i] = random_float();
+
+    d->gather_rows(d, y, table, idx, rows, dim);
+    for (int r = 0; r < rows; r++) check_bits("gather_rows", d->isa, y + (size_t)r * dim, table + (size_t)idx[r] * dim, (size_t)dim);
+
+    /* Places repeat on purpose: the last row wins, or all are added in order. */
+    for (int add = 0; add < 2; add++) {
+        memcpy(y, table, (size_t)places * dim * sizeof(float));
+        memcpy(want, table, (size_t)places * dim * sizeof(float));
+        d->scatter_rows(d, y, x, idx, rows, dim, add);
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < dim; i++) {
+                float *to = &want[(size_t)idx[r] * dim + i];
+                *to = add ? *to + x[(size_t)r * dim + i] : x[(size_t)r * dim + i];
+            }
+        check_bits("scatter_rows", d->isa, y, want, (size_t)places * dim);
+    }
+
+    memcpy(y, x, size * sizeof(float));
+    d->add_interpolated(d, y, table, idx, weight, rows, dim);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < dim; i++) {
+            double v = x[(size_t)r * dim + i], mag = fabs(v);
+            for (int c = 0; c < 4; c++) {
+                double p = (double)weight[4 * r + c] * table[(size_t)idx[4 * r + c] * dim + i];
+                v += p;
+                mag += fabs(p);
+            }
+            check_near("add_interpolated", d->isa, y[(size_t)r * dim + i], v, 8 * U * mag);
+        }
+    for (int r = 0; r < rows; r++) {
+        memcpy(want, x + (size_t)r * dim, (size_t)dim * sizeof(float));
+        d->add_interpolated(d, want, table, idx + 4 * r, weight + 4 * r, 1, dim);
+        check_bits("add_interpolated alone", d->isa, y + (size_t)r * dim, want, (size_t)dim);
+    }
+
+    char *p = d->alloc(d, 1000);
+    assert_non_null(p);
+    for (int i = 0; i < 1000; i++) assert_int_equal(p[i], 0);
+    char host[10] = "123456789", back[10];
+    d->put(d, p + 5, host, 10);
+    d->get(d, back, p + 5, 10);
+    assert_string_equal(back, host);
+    d->free(d, p, 1000);
+    free(want), free(y), free(table), free(x);
+}
+static void test_row_ops(void **state) {
+    (void)state;
+    each_level(2, false, row_ops_body);
+}
+
+/* ---- attention over the paged cache ---- */
+
+#define SEQS 4
+
+typedef struct {
+    int heads, kv_heads, n, rows, stride, blocks;
+    int32_t *seq, *pos, *table;
+    float *qkv0; /* before norm and rope */
+    float *cos, *sin, *q_norm, *k_norm;
+} text_case;
+
+/* Sequences of the given lengths with scattered block tables, rows in order. */
+static text_case new_text(int heads, int kv_heads, int n, const int *lengths) {
+    text_case t = {.heads = heads, .kv_heads = kv_heads, .n = n};
+    for (int s = 0; s < SEQS; s++) {
+        t.rows += lengths[s];
+        if (lengths[s] / QVL__KV_BLOCK + 1 > t.stride) t.stride = lengths[s] / QVL__KV_BLOCK + 1;
+    }
+    t.blocks = SEQS * t.stride + 3;
+    t.seq = must(malloc((size_t)t.rows * 4));
+    t.pos = must(malloc((size_t)t.rows * 4));
+    t.table = must(malloc((size_t)SEQS * (size_t)t.stride * 4));
+    int32_t *order = must(malloc((size_t)t.blocks * 4));
+    for (int i = 0; i < t.blocks; i++) order[i] = i;
+    for (int i = t.blocks - 1; i > 0; i--) {
+        int j = random_below(i + 1);
+        int32_t o = order[i];
+        order[i] = order[j], order[j] = o;
+    }
+    memcpy(t.table, order, (size_t)SEQS * (size_t)t.stride * 4);
+    free(order);
+    for (int s = 0, r = 0; s < SEQS; s++)
+        for (int p = 0; p < lengths[s]; p++, r++) t.seq[r] = s, t.pos[r] = p;
+    t.qkv0 = random_floats((size_t)t.rows * (size_t)(heads + 2 * kv_heads) * (size_t)n, 1.0f);
+    t.cos = floats((size_t)t.rows * (size_t)n / 2);
+    t.sin = floats((size_t)t.rows * (size_t)n / 2);
+    for (int i = 0; i < t.rows * n / 2; i++) {
+        float a = random_float() * 3.0f;
+        t.cos[i] = cosf(a), t.sin[i] = sinf(a);
+    }
+    t.q_norm = random_floats((size_t)n, 2.0f);
+    t.k_norm = random_floats((size_t)n, 2.0f);
+    return t;
+}
+static void free_text(text_case *t) {
+    free(t->seq), free(t->pos), free(t->table), free(t->qkv0), free(t->cos), free(t->sin), free(t->q_norm), free(t->k_norm);
+}
+
+/* Both ops over rows [r0, r1) of the case. */
+static void run_text(qvl__device *d, const text_case *t, qvl__kv *kv, float *qkv, float *out, int r0, int r1) {
+    qvl__ragged b = {r1 - r0, t->seq + r0, t->pos + r0, t->table, t->stride};
+    size_t ld = (size_t)(t->heads + 2 * t->kv_heads) * (size_t)t->n, half = (size_t)t->n / 2;
+    memcpy(qkv + (size_t)r0 * ld, t->qkv0 + (size_t)r0 * ld, (size_t)(r1 - r0) * ld * sizeof(float));
+    d->qk_norm_rope_kv(d, qkv + (size_t)r0 * ld, t->heads, t->q_norm, t->k_norm, 1e-6f, t->cos + (size_t)r0 * half, t->sin + (size_t)r0 * half, kv, 1, &b);
+    d->attention_paged(d, out + (size_t)r0 * (size_t)(t->heads * t->n), qkv + (size_t)r0 * ld, t->heads, kv, 1, &b);
+}
+
+static void poison(qvl__kv *kv) { memset(kv->data, 0xff, kv->block_bytes * (size_t)kv->blocks); } /* NaN in both types */
+
+static void reference_text(const text_case *t, qvl__type type, const float *qkv, const float *out, const char *isa) {
+    int n = t->n, ld = (t->heads + 2 * t->kv_heads) * n;
+    double *p = must(malloc((size_t)t->rows * sizeof(double)));
+    for (int r = 0; r < t->rows; r++) {
+        /* norm and rope, from the inputs */
+        for (int h = 0; h < t->heads; h++) {
+            const float *x = t->qkv0 + (size_t)r * ld + h * n, *got = qkv + (size_t)r * ld + h * n;
+            double square = 0, v[512];
+            for (int i = 0; i < n; i++) square += (double)x[i] * x[i] / n;
+            for (int i = 0; i < n; i++) v[i] = x[i] / sqrt(square + 1e-6) * t->q_norm[i];
+            for (int i = 0; i < n; i++) {
+                int a = i % (n / 2);
+                double c = t->cos[(size_t)r * n / 2 + a], s = t->sin[(size_t)r * n / 2 + a];
+                double want = i < n / 2 ? v[i] * c - v[i + n / 2] * s : v[i] * c + v[i - n / 2] * s;
+                check_near("qk_norm_rope", isa, got[i], want, 32 * U * (fabs(v[a]) + fabs(v[a + n / 2])) + 1e-30);
+            }
+        }
+        for (int h = 0; h < t->heads; h++) {
+            int g = h / (t->heads / t->kv_heads), len = t->pos[r] + 1;
+            double max = -INFINITY, sum = 0;
+            for (int i = 0; i < len; i++) {
+                const float *key = qkv + (size_t)(r - len + 1 + i) * ld + (t->heads + g) * n;
+                p[i] = 0;
+                for (int c = 0; c < n; c++) p[i] += (double)qkv[(size_t)r * ld + h * n + c] * rounded(key[c], type);
+                p[i] /= sqrt(n);
+                max = fmax(max, p[i]);
+            }
+            for (int i = 0; i < len; i++) sum += p[i] = exp(p[i] - max);
+            for (int c = 0; c < n; c++) {
+                double v = 0;
+                for (int i = 0; i < len; i++)
+                    v += p[i] / sum * rounded(qkv[(size_t)(r - len + 1 + i) * ld + (t->heads + t->kv_heads + g) * n + c], type);
+                /* values are in -1 .. 1, scores a few units: their error, some n u, is the relative error of each p */
+                check_near("attention_paged", isa, out[((size_t)r * t->heads + h) * n + c], v, 1e-5);
+            }
+        }
+    }
+    free(p);
+}
+
+static void paged_body(qvl__device *d) {
+    static const struct {
+        int heads, kv_heads, n;
+        int lengths[SEQS];
+    } cases[] = {{2, 2, 64, {1, 33, 70, 5}}, {4, 2, 128, {40, 1, 32, 31}}, {8, 2, 64, {100, 2, 65, 64}}, {8, 1, 128, {7, 97, 1, 33}}, {3, 3, 72, {20, 64, 3, 45}}, {2, 1, 18, {33, 31, 34, 1}}, {70, 1, 8, {35, 1, 2, 3}}};
+    qvl__pool *pool1, *pool3;
+    qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
+        for (int type = QVL__F32; type <= QVL__BF16; type++) {
+            text_case t = new_text(cases[c].heads, cases[c].kv_heads, cases[c].n, cases[c].lengths);
+            size_t q_size = (size_t)t.rows * (size_t)((t.heads + 2 * t.kv_heads) * t.n), o_size = (size_t)t.rows * (size_t)(t.heads * t.n);
+            float *qkv = floats(q_size), *out = floats(o_size), *z = floats(o_size);
+            qvl__kv kv;
+            assert_int_equal(d->kv_new(d, &kv, (qvl__type)type, 2, t.kv_heads, t.n, t.blocks), 0);
+            poison(&kv);
+            run_text(d, &t, &kv, qkv, out, 0, t.rows);
+            reference_text(&t, (qvl__type)type, qkv, out, d->isa);
+
+            static const int steps[] = {1, 7, 32, 50};
+            for (size_t s = 0; s < sizeof steps / sizeof *steps; s++) { /* chunked prefill; 1 is decoding */
+                poison(&kv);
+                for (int r = 0; r < t.rows; r += steps[s]) run_text(d, &t, &kv, qkv, z, r, r + steps[s] < t.rows ? r + steps[s] : t.rows);
+                check_bits("attention in chunks", d->isa, out, z, o_size);
+            }
+            for (int k = 0; k < 2; k++) {
+                poison(&kv);
+                run_text(k ? d3 : d1, &t, &kv, qkv, z, 0, t.rows);
+                check_bits(k ? "attention on 3 threads" : "attention on 1 thread", d->isa, out, z, o_size);
+            }
+            /* each row alone against a full cache: later keys are there, and must not matter */
+            fill_nan(z, o_size);
+            for (int r = t.rows - 1; r >= 0; r--) {
+                qvl__ragged b = {1, t.seq + r, t.pos + r, t.table, t.stride};
+                d->attention_paged(d, z + (size_t)r * (size_t)(t.heads * t.n), qkv + (size_t)r * (size_t)((t.heads + 2 * t.kv_heads) * t.n), t.heads, &kv, 1, &b);
+            }
+            check_bits("attention of a row alone", d->isa, out, z, o_size);
+            d->kv_free(d, &kv);
+            free(z), free(out), free(qkv);
+            free_text(&t);
+        }
+    d1->close(d1), d3->close(d3);
+    qvl__pool_free(pool1), qvl__pool_free(pool3);
+}
+static void test_attention_paged(void **state) {
+    (void)state;
+    each_level(2, false, paged_body);
+}
+
+/* Decoding rows of all sequences in one batch give what each gives alone; and scores that grow and shrink by large
+ * steps go through every way of rescaling. */
+static void decode_body(qvl__device *d) {
+    const int lengths[SEQS] = {70, 33, 64, 1}, heads = 4, kv_heads = 2, n = 64;
+    text_case t = new_text(heads, kv_heads, n, lengths);
+    size_t ld = (size_t)(heads + 2 * kv_heads) * (size_t)n;
+    for (int r = 0; r < t.rows; r++)
+        for (int i = 0; i < n; i++) t.k_norm[i] = 1.0f;
+    for (int i = 0; i < n; i++) t.q_norm[i] = 30.0f;
+    float *qkv = floats((size_t)t.rows * ld), *out = floats((size_t)t.rows * (size_t)(heads * n));
+    qvl__kv kv;
+    assert_int_equal(d->kv_new(d, &kv, QVL__BF16, 2, kv_heads, n, t.blocks), 0);
+    poison(&kv);
+    run_text(d, &t, &kv, qkv, out, 0, t.rows);
+    int32_t seq[SEQS], pos[SEQS];
+    float *q = floats(SEQS * ld), *z = floats(SEQS * (size_t)(heads * n));
+    for (int s = 0, end = 0; s < SEQS; s++) {
+        end += lengths[s];
+        seq[s] = s, pos[s] = lengths[s] - 1;
+        memcpy(q + (size_t)s * ld, qkv + (size_t)(end - 1) * ld, ld * sizeof(float));
+    }
+    qvl__ragged b = {SEQS, seq, pos, t.table, t.stride};
+    d->attention_paged(d, z, q, heads, &kv, 1, &b);
+    for (int s = 0, end = 0; s < SEQS; s++) {
+        end += lengths[s];
+        check_bits("decode batch", d->isa, z + (size_t)s * (size_t)(heads * n), out + (size_t)(end - 1) * (size_t)(heads * n), (size_t)(heads * n));
+        for (int i = 0; i < heads * n; i++) assert_true(isfinite(z[(size_t)s * (size_t)(heads * n) + (size_t)i]));
+    }
+    d->kv_free(d, &kv);
+    free(z), free(q), free(out), free(qkv);
+    free_text(&t);
+}
+static void test_decode_batch(void **state) {
+    (void)state;
+    each_level(3, false, decode_body);
+}
+
+/* ---- vision ---- */
+
+static void vision_body(qvl__device *d) {
+    static const int cases[][4] = {/* spans, span, heads, head_dim */
+        {1, 1, 2, 64}, {2, 16, 3, 72}, {1, 33, 2, 80}, {3, 64, 2, 32}, {1, 130, 5, 72}, {2, 100, 1, 64}, {1, 300, 2, 10}};
+    qvl__pool *pool1, *pool3;
+    qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        int span = cases[c][1], rows = cases[c][0] * span, heads = cases[c][2], n = cases[c][3], ld = 3 * heads * n;
+        float *x = random_floats((size_t)rows * ld, 2.0f), *qkv = copy_floats(x, (size_t)rows * ld), *out = floats((size_t)rows * heads * n), *z = floats((size_t)rows * heads * n);
+        float *cs = random_floats((size_t)span * n / 2, 1.0f), *sn = random_floats((size_t)span * n / 2, 1.0f);
+        d->rope_vision(d, qkv, rows, heads, n, cs, sn, span);
+        for (int r = 0; r < rows; r++)
+            for (int h = 0; h < 3 * heads; h++)
+                for (int i = 0; i < n; i++) {
+                    const float *v = x + (size_t)r * ld + h * n;
+                    size_t a = (size_t)(r % span) * n / 2 + i % (n / 2);
+                    double other = i < n / 2 ? -v[i + n / 2] : v[i - n / 2];
+                    double want = h < 2 * heads ? v[i] * (double)cs[a] + other * sn[a] : v[i];
+                    check_near("rope_vision", d->isa, qkv[(size_t)r * ld + h * n + i], want, h < 2 * heads ? 4 * U * (fabs(v[i]) + fabs(other)) : 0);
+                }
+        void *scratch = must(malloc(d->attention_full_scratch(d, span, n)));
+        void *scratch3 = must(malloc(d3->attention_full_scratch(d3, span, n)));
+        memset(scratch, 0xff, d->attention_full_scratch(d, span, n));
+        d->attention_full(d, out, qkv, rows, span, heads, n, scratch);
+        double *p = must(malloc((size_t)span * sizeof(double)));
+        for (int r = 0; r < rows; r++)
+            for (int h = 0; h < heads; h++) {
+                const float *base = qkv + (size_t)(r / span * span) * ld + h * n, *q = qkv + (size_t)r * ld + h * n;
+                double max = -INFINITY, sum = 0;
+                for (int i = 0; i < span; i++) {
+                    p[i] = 0;
+                    for (int k = 0; k < n; k++) p[i] += (double)q[k] * base[(size_t)i * ld + heads * n + k];
+                    p[i] /= sqrt(n);
+                    max = fmax(max, p[i]);
+                }
+                for (int i = 0; i < span; i++) sum += p[i] = exp(p[i] - max);
+                for (int k = 0; k < n; k++) {
+                    double v = 0;
+                    for (int i = 0; i < span; i++) v += p[i] / sum * base[(size_t)i * ld + 2 * heads * n + k];
+                    check_near("attention_full", d->isa, out[((size_t)r * heads + h) * n + k], v, 2e-5); /* values in -2 .. 2 */
+                }
+            }
+        free(p);
+        d1->attention_full(d1, z, qkv, rows, span, heads, n, scratch);
+        check_bits("attention_full on 1 thread", d->isa, out, z, (size_t)rows * heads * n);
+        memset(scratch3, 0xff, d3->attention_full_scratch(d3, span, n));
+        d3->attention_full(d3, z, qkv, rows, span, heads, n, scratch3);
+        check_bits("attention_full on 3 threads", d->isa, out, z, (size_t)rows * heads * n);
+        for (int r = 0; r < rows; r += span) d->attention_full(d, z + (size_t)r * heads * n, qkv + (size_t)r * ld, span, span, heads, n, scratch);
+        check_bits("attention_full span by span", d->isa, out, z, (size_t)rows * heads * n);
+        free(scratch3), free(scratch), free(sn), free(cs), free(z), free(out), free(qkv), free(x);
+    }
+    d1->close(d1), d3->close(d3);
+    qvl__pool_free(pool1), qvl__pool_free(pool3);
+}
+static void test_vision(void **state) {
+    (void)state;
+    each_level(2, false, vision_body);
+}
+
+/* ---- refusals ---- */
+
+static void refuse_body(qvl__device *d) {
+    qvl__matrix m;
+    qvl__kv kv;
+    assert_int_equal(d->matrix_new(d, &m, QVL__F32, 0, 5, false), QVL_EINVAL);
+    assert_int_equal(d->matrix_new(d, &m, QVL__F32, 3, 5, true), QVL_EINVAL);
+    assert_null(m.data);
+    assert_int_equal(d->kv_new(d, &kv, QVL__F16, 1, 1, 64, 1), QVL_EUNSUPPORTED);
+    assert_int_equal(d->kv_new(d, &kv, QVL__F32, 1, 1, 63, 1), QVL_EUNSUPPORTED);
+    assert_int_equal(d->kv_new(d, &kv, QVL__F32, 1, 1, 514, 1), QVL_EUNSUPPORTED);
+    assert_int_equal(d->kv_new(d, &kv, QVL__F32, 0, 1, 64, 1), QVL_EINVAL);
+    assert_int_equal(d->kv_new(d, &kv, QVL__F32, INT32_MAX, INT32_MAX, 512, INT32_MAX), QVL_ENOMEM);
+    assert_null(kv.data);
+    d->matrix_free(d, &m); /* freeing what never was is allowed */
+    d->kv_free(d, &kv);
+}
+static void test_refusals(void **state) {
+    (void)state;
+    each_level(1, false, refuse_body);
+}
+
+#define OPS_TESTS                                                                                                          \
+    cmocka_unit_test(test_pack_embed), cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_bf16_math),             \
+        cmocka_unit_test(test_matmul_bits), cmocka_unit_test(test_matmul_bits_bf16_math), cmocka_unit_test(test_activations), \
+        cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), cmocka_unit_test(test_attention_paged),              \
+        cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
+
+#endif
