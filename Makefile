@@ -1,4 +1,5 @@
 # libqvl and its tools. "make help" lists the targets. Everything is built below build/$(CONFIG).
+MAKEFLAGS += --no-builtin-rules
 CONFIG ?= release
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
@@ -10,6 +11,7 @@ SOVERSION := 0
 
 PKGS := libjpeg libpng libwebp jansson libpcre2-8 libutf8proc
 
+close := )
 # V=1 shows the commands.
 Q := $(if $(V),,@)
 SAY = @printf '  %-3s %s\n'
@@ -27,6 +29,9 @@ SAN := -fsanitize=address -fno-omit-frame-pointer -O1
 endif
 ifeq ($(CONFIG),ubsan)
 SAN := -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all -O1
+endif
+ifeq ($(CONFIG),fuzz)
+SAN := -fsanitize=address,fuzzer-no-link -O1
 endif
 ifeq ($(CONFIG),tsan)
 SAN := -fsanitize=thread -O1
@@ -56,7 +61,7 @@ endif
 KERN_OBJ := $(ISAS:%=$(B)/libqvl/device/cpu/kern_%.o)
 
 .PHONY: all
-all: $(B)/libqvl.so $(LIB_A)
+all: $(B)/libqvl.so $(LIB_A) $(B)/qvl ## library and command-line tool
 
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
@@ -82,6 +87,22 @@ $(B)/libqvl.so: $(LIB_SO)
 	@ln -sf $(notdir $(LIB_SO)) $(B)/libqvl.so.$(SOVERSION)
 	@ln -sf $(notdir $(LIB_SO)) $@
 
+# The command-line tool and the examples: programs over qvl.h, linked statically so that they run from anywhere.
+TOOL_OBJ := $(patsubst %.c,$(B)/%.o,$(wildcard examples/qvl/*.c))
+$(TOOL_OBJ): CPPFLAGS += -Iinclude -DQVL_DATADIR='"$(PREFIX)/share/qvl"'
+$(B)/qvl: $(TOOL_OBJ) $(LIB_A)
+	$(SAY) LD $@
+	$(Q)$(CC) $(SAN) -o $@ $^ $(LDFLAGS) $(LDLIBS_ALL)
+
+EXAMPLE_BIN := $(patsubst %.c,$(B)/%,$(wildcard examples/*.c))
+$(B)/examples/%: examples/%.c include/qvl.h $(LIB_A)
+	@mkdir -p $(@D)
+	$(SAY) CC $<
+	$(Q)$(CC) -Iinclude $(CFLAGS_ALL) -o $@ $< $(LIB_A) $(LDFLAGS) $(LDLIBS_ALL)
+
+.PHONY: examples
+examples: $(EXAMPLE_BIN) ## caption, chat and batch: small programs over qvl.h
+
 # Unit tests: one cmocka program for each tests/unit/test_*.c and tests/ops/test_*.c, linked with the static library.
 UNIT_SRC := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/engine/test_*.c)
 UNIT_BIN := $(UNIT_SRC:%.c=$(B)/%)
@@ -95,6 +116,33 @@ unit-build: $(UNIT_BIN)
 unit: $(UNIT_BIN) ## the C tests
 	@for t in $(UNIT_BIN); do echo "== $$t"; $$t || exit 1; done
 
+# Fuzz targets: replayed with random changes in every test run; "make fuzz" hands them to libFuzzer.
+FUZZ := image messages safetensors
+FUZZ_BIN := $(FUZZ:%=$(B)/tests/fuzz/fuzz_%)
+FUZZ_CHANGES ?= 150
+$(FUZZ_BIN): $(B)/tests/fuzz/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/driver.c $(LIB_A)
+	@mkdir -p $(@D)
+	$(SAY) CC $<
+	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -o $@ $(filter %.c,$^) $(LIB_A) $(LDFLAGS) $(LDLIBS_ALL)
+seeds_image := tests/golden/images/[a-gi-z]*.jpg tests/golden/images/[a-gi-z]*.png examples/images/*.webp tests/golden/images/bad/*
+seeds_messages := tests/fuzz/seeds/messages/*
+seeds_safetensors := tests/fuzz/seeds/safetensors/*
+
+.PHONY: fuzz-replay fuzz
+fuzz-replay: $(FUZZ_BIN)
+	@for t in $(FUZZ); do case $$t in $(foreach t,$(FUZZ),$t$(close) set -- $(seeds_$t);;) esac; \
+		$(B)/tests/fuzz/fuzz_$$t -n $(FUZZ_CHANGES) "$$@" || exit 1; done
+
+FUZZ_SECONDS ?= 60
+fuzz: ## libFuzzer (clang) on every target, FUZZ_SECONDS=60 each
+	@$(MAKE) --no-print-directory CONFIG=fuzz CC=clang fuzz-engine
+.PHONY: fuzz-engine
+fuzz-engine: $(LIB_A)
+	@for t in $(FUZZ); do echo "== $$t"; mkdir -p $(B)/corpus_$$t; \
+		case $$t in $(foreach t,$(FUZZ),$t$(close) set -- $(seeds_$t);;) esac; cp "$$@" $(B)/corpus_$$t/; \
+		$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -fsanitize=fuzzer -o $(B)/fuzz_$$t tests/fuzz/fuzz_$$t.c $(LIB_A) $(LDLIBS_ALL) && \
+		$(B)/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 $(B)/corpus_$$t || exit 1; done
+
 # A python that has numpy and pytest; /usr/bin/python3 has them after "make deps".
 PYTHON = $(shell for p in $(PY) python3 /usr/bin/python3; do $$p -c 'import numpy, pytest' 2>/dev/null && echo $$p && break; done)
 PYTEST = QVL_LIBRARY=$(CURDIR)/$(B)/libqvl.so PYTHONPATH=$(CURDIR)/bindings/python $(PYTHON) -m pytest -q -p no:cacheprovider
@@ -102,6 +150,18 @@ PYTEST = QVL_LIBRARY=$(CURDIR)/$(B)/libqvl.so PYTHONPATH=$(CURDIR)/bindings/pyth
 .PHONY: pytest
 pytest: all
 	$(PYTEST) tests/python
+
+.PHONY: tool-test abi lint docs
+tool-test: $(B)/qvl examples
+	QVL_BUILD=$(CURDIR)/$(B) $(PYTEST) tests/tool
+abi: all
+	tests/abi/check.sh $(B)
+lint: all
+	tests/lint/includes.sh
+	tests/lint/symbols.sh $(B)
+	tests/lint/length.sh
+docs: $(B)/qvl ## docs/options.md from the library's own table
+	$(B)/qvl help options --markdown > docs/options.md
 
 # ---- what users type ----
 
@@ -117,22 +177,26 @@ run: ## describe a bundled picture with the bundled model, nothing downloaded
 test: ## build everything, run all tests that fit ten minutes
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) all unit-build
-	@$(MAKE) --no-print-directory unit pytest tool-test lint abi
+	@$(MAKE) --no-print-directory unit fuzz-replay pytest tool-test lint abi
 
 check: test ## the same as test: tests, lint and ABI together
 
 # ---- sanitizers: the same tests, compiled to catch what tests cannot see ----
 
-.PHONY: check-asan check-ubsan check-tsan
+.PHONY: check-asan check-ubsan check-oom check-tsan
 check-asan: ## all tests under AddressSanitizer (and LeakSanitizer for the C ones)
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=asan -j$$(nproc) all unit-build
-	@$(MAKE) --no-print-directory CONFIG=asan unit
+	@$(MAKE) --no-print-directory CONFIG=asan unit fuzz-replay
 	@ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) $(MAKE) --no-print-directory CONFIG=asan pytest
 check-ubsan: ## all tests under UndefinedBehaviorSanitizer
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=ubsan -j$$(nproc) all unit-build
-	@$(MAKE) --no-print-directory CONFIG=ubsan unit pytest
+	@$(MAKE) --no-print-directory CONFIG=ubsan unit fuzz-replay pytest
+check-oom: ## every single allocation of a whole run made to fail
+	@tools/deps.sh test
+	@$(MAKE) --no-print-directory -j$$(nproc) build/release/tests/engine/test_oom
+	QVL_TEST_OOM_STEP=1 build/release/tests/engine/test_oom
 check-tsan: ## the engine's thread tests under ThreadSanitizer
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=tsan -j$$(nproc) build/tsan/tests/engine/test_engine

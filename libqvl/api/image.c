@@ -26,6 +26,7 @@ int qvl_image_from_file(qvl_image **out, const char *path, const qvl_options *o)
     size_t size;
     /* Read, not mapped: a file that becomes shorter meanwhile must not kill the process. */
     int code = qvl__read_file(path, (size_t)limits.bytes, &data, &size);
+    if (code == QVL_ELIMIT) return qvl__fail(code, "%s (option max_image_bytes)", qvl_last_error());
     if (code < 0) return code;
     code = qvl__image_decode(out, (const uint8_t *)data, size, &limits);
     qvl__free(data);
@@ -41,7 +42,8 @@ int qvl_image_from_pixels(qvl_image **out, const void *rgb, int width, int heigh
     size_t row = (size_t)width * 3;
     if (row_bytes == 0) row_bytes = row;
     if (row_bytes < row)
-        return qvl__fail(QVL_EINVAL, "qvl_image_from_pixels: row_bytes is %zu, but a row of %d pixels has %zu bytes", row_bytes, width, row);
+        return qvl__fail(QVL_EINVAL, "qvl_image_from_pixels: row_bytes is %zu, but a row of %d pixels has %zu bytes", row_bytes, width,
+                         row);
     int code = qvl__image_alloc(out, width, height);
     if (code < 0) return code;
     for (size_t y = 0; y < (size_t)height; y++) memcpy((*out)->rgb + y * row, (const uint8_t *)rgb + y * row_bytes, row);

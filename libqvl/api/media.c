@@ -70,6 +70,8 @@ int qvl_media_add_video(qvl_media *l, const qvl_image *const *frames, size_t n, 
     if (n == 0) return qvl__fail(QVL_EINVAL, "qvl_media_add_video: a video needs at least one frame");
     for (size_t i = 0; i < n; i++)
         if (!frames[i]) return qvl__fail(QVL_EINVAL, "qvl_media_add_video: frame %zu is NULL", i);
-    if (!isfinite(fps) || fps <= 0) return qvl__fail(QVL_EINVAL, "qvl_media_add_video: fps is %g; give the frames a second of the video", fps);
-    return add_frames(l, (struct qvl__media_item){.kind = QVL__MEDIA_VIDEO, .n = n, .fps = fps, .sample = sample_frames != 0}, frames);
+    if (!isfinite(fps) || fps <= 0)
+        return qvl__fail(QVL_EINVAL, "qvl_media_add_video: fps is %g; give the frames a second of the video", fps);
+    struct qvl__media_item item = {.kind = QVL__MEDIA_VIDEO, .n = n, .fps = fps, .sample = sample_frames != 0};
+    return add_frames(l, item, frames);
 }

@@ -6,7 +6,6 @@
  * Invariants: a model is immutable once loaded and counted: prompts and engines keep it alive.
  */
 #include <inttypes.h>
-#include <jansson.h>
 #include <math.h>
 #include <string.h>
 
@@ -150,22 +149,7 @@ int qvl_embedding_from_bytes(qvl_embedding **out, const qvl_model *m, const void
 
 int qvl_render_chat(const qvl_model *m, const char *messages, const char *tools, const qvl_options *o, char **text) {
     if (!m || !messages || !text) return qvl__fail(QVL_EINVAL, "qvl_render_chat: model, messages or text is NULL");
-    *text = NULL;
-    json_t *msgs = NULL, *tool_list = NULL;
-    qvl__chat chat = {0};
-    int rc = qvl__json_parse(&msgs, messages, strlen(messages), "messages");
-    if (rc == 0 && tools) rc = qvl__json_parse(&tool_list, tools, strlen(tools), "tools");
-    if (rc == 0)
-        rc = qvl__chat_render(&chat, m->template_, msgs, tool_list, qvl__opt_i64(o, "add_generation_prompt") != 0,
-                              qvl__opt_i64(o, "add_vision_id") != 0, true);
-    if (rc == 0) {
-        *text = chat.text.data;
-        chat.text = (qvl__buf){0};
-    }
-    qvl__chat_free(&chat);
-    json_decref(tool_list);
-    json_decref(msgs);
-    return rc;
+    return qvl__render_chat(m->template_, messages, tools, o, text);
 }
 
 /* A prompt of the model: gives it the reference, or passes the failure on. */
@@ -203,9 +187,7 @@ int qvl_prompt_from_tokens(qvl_prompt **out, const qvl_model *m, const int32_t *
 void qvl_prompt_free(qvl_prompt *p) {
     if (!p) return;
     qvl_model *m = p->model;
-    bool last = atomic_load(&p->refs) == 1;
-    qvl__prompt_free(p);
-    if (!last) return;
+    if (!qvl__prompt_free(p)) return;
     qvl_model_free(m);
     qvl__handle_gone();
 }

@@ -31,6 +31,8 @@ typedef struct {
     double rope_theta;
     int mrope_section[3];
     bool tied;
+    int experts, top_k, expert_inter; /* mixture of experts (qwen3_vl_moe); experts = 0: dense */
+    uint8_t *dense_layer;             /* [layers]: 1 for layers of a mixture model that have one plain MLP; NULL: none */
 } qvl__text_config;
 
 typedef struct {
@@ -93,7 +95,10 @@ typedef struct {
 } qvl__merger;
 typedef struct {
     float *input_norm, *post_norm, *q_norm, *k_norm;
-    qvl__matrix qkv, o, gate_up, down;
+    qvl__matrix qkv, o;
+    qvl__matrix gate_up, down;            /* a plain MLP, or */
+    qvl__matrix router;                   /* [experts][hidden] and */
+    qvl__matrix *expert_gate_up, *expert_down; /* [experts]; NULL in a plain layer */
 } qvl__text_layer;
 typedef struct {
     qvl__matrix embed, lm_head; /* tied: lm_head is a copy of embed's descriptor */

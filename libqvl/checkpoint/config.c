@@ -137,9 +137,32 @@ static int parse_rope(reader *r, qvl__text_config *t) {
     return s.rc ? s.rc : r->rc;
 }
 
-static int parse_text(reader r, const reader *top, qvl__text_config *t) {
+/* transformers Qwen3VLMoeTextDecoderLayer: layer i has experts unless mlp_only_layers names it or decoder_sparse_step
+ * skips it. norm_topk_prob is not read: transformers normalises always. */
+static int parse_experts(reader *r, qvl__text_config *t) {
+    t->experts = need_int(r, "num_experts", 1, 4096);
+    t->top_k = need_int(r, "num_experts_per_tok", 1, 256);
+    t->expert_inter = need_int(r, "moe_intermediate_size", 1, 1 << 20);
+    int step = int_or(r, "decoder_sparse_step", 1, 1024, 1);
+    const json_t *plain = json_object_get(r->obj, "mlp_only_layers");
+    if (r->rc) return r->rc;
+    if (t->top_k > t->experts)
+        return qvl__fail(QVL_EFORMAT, "%s: num_experts_per_tok %d is more than num_experts %d", r->file, t->top_k, t->experts);
+    t->dense_layer = qvl__calloc((size_t)t->layers, 1);
+    if (!t->dense_layer) return QVL_ENOMEM;
+    for (int i = 0; i < t->layers; i++) t->dense_layer[i] = (i + 1) % step != 0;
+    for (size_t i = 0; i < json_array_size(plain); i++) {
+        json_int_t n = json_integer_value(json_array_get(plain, i));
+        if (!json_is_integer(json_array_get(plain, i)) || n < 0 || n >= t->layers)
+            return qvl__fail(QVL_EFORMAT, "%s: text_config.mlp_only_layers names a layer that is not there", r->file);
+        t->dense_layer[n] = 1;
+    }
+    return 0;
+}
+
+static int parse_text(reader r, const reader *top, bool moe, qvl__text_config *t) {
     if (r.rc) return r.rc;
-    only_string(&r, "model_type", "qwen3_vl_text");
+    only_string(&r, "model_type", moe ? "qwen3_vl_moe_text" : "qwen3_vl_text");
     only_string(&r, "hidden_act", "silu");
     only_false(&r, "attention_bias");
     t->vocab = need_int(&r, "vocab_size", 1, 1 << 22);
@@ -158,13 +181,15 @@ static int parse_text(reader r, const reader *top, qvl__text_config *t) {
     if (t->heads % t->kv_heads)
         return qvl__fail(QVL_EFORMAT, "%s: num_attention_heads %d is not a multiple of num_key_value_heads %d", r.file, t->heads, t->kv_heads);
     if (t->head_dim % 2) return qvl__fail(QVL_EFORMAT, "%s: text_config.head_dim %d is odd", r.file, t->head_dim);
-    return parse_rope(&r, t);
+    int rc = moe ? parse_experts(&r, t) : 0;
+    return rc ? rc : parse_rope(&r, t);
 }
 
 static int parse_vision(reader r, const qvl__text_config *t, qvl__vision_config *v) {
     if (r.rc) return r.rc;
     const char *type = json_string_value(json_object_get(r.obj, "model_type"));
-    if (type && strcmp(type, "qwen3_vl") != 0 && strcmp(type, "qwen3_vl_vision") != 0)
+    if (type && strcmp(type, "qwen3_vl") != 0 && strcmp(type, "qwen3_vl_vision") != 0 && strcmp(type, "qwen3_vl_moe") != 0 &&
+        strcmp(type, "qwen3_vl_moe_vision") != 0)
         return qvl__fail(QVL_EUNSUPPORTED, "%s: vision_config.model_type is \"%.80s\"; only \"qwen3_vl\" is supported", r.file, type);
     only_string(&r, "hidden_act", "gelu_pytorch_tanh");
     only_int(&r, "patch_size", 16);
@@ -209,13 +234,15 @@ static int parse_config(qvl__config *c, const char *path, const json_t *root) {
     const char *type = json_string_value(json_object_get(root, "model_type"));
     const char *arch = json_string_value(json_array_get(json_object_get(root, "architectures"), 0));
     if (!type) return qvl__fail(QVL_EFORMAT, "%s: model_type is missing", path);
-    if (strcmp(type, "qwen3_vl") != 0 || (arch && strcmp(arch, "Qwen3VLForConditionalGeneration") != 0))
-        return qvl__fail(QVL_EUNSUPPORTED, "%s: architecture %.80s (model_type %.80s) is not supported; this library runs dense Qwen3-VL "
-                         "(Qwen3VLForConditionalGeneration, model_type qwen3_vl)", path, arch ? arch : "unnamed", type);
+    bool moe = strcmp(type, "qwen3_vl_moe") == 0;
+    if ((!moe && strcmp(type, "qwen3_vl") != 0) ||
+        (arch && strcmp(arch, moe ? "Qwen3VLMoeForConditionalGeneration" : "Qwen3VLForConditionalGeneration") != 0))
+        return qvl__fail(QVL_EUNSUPPORTED, "%s: architecture %.80s (model_type %.80s) is not supported; this library runs Qwen3-VL "
+                         "(Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration)", path, arch ? arch : "unnamed", type);
     snprintf(c->family, sizeof c->family, "%s", type);
     if (json_object_get(root, "quantization_config"))
         return qvl__fail(QVL_EUNSUPPORTED, "%s: quantization_config: quantised checkpoints are not supported; use the BF16 original", path);
-    int rc = parse_text(section(&top, "text_config"), &top, &c->text);
+    int rc = parse_text(section(&top, "text_config"), &top, moe, &c->text);
     if (rc == 0) rc = parse_vision(section(&top, "vision_config"), &c->text, &c->vision);
     if (rc) return rc;
     int last = c->text.vocab - 1;
@@ -366,5 +393,7 @@ int qvl__config_load(qvl__config *c, const char *dir) {
 
 void qvl__config_free(qvl__config *c) {
     qvl__free(c->chat_template);
+    qvl__free(c->text.dense_layer);
     c->chat_template = NULL;
+    c->text.dense_layer = NULL;
 }

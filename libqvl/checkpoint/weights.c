@@ -226,6 +226,48 @@ static void load_head(loader *l, qvl__tensor *embed) {
     else advance(l, head, head->data, head->bytes);
 }
 
+/* Experts are stored input-major, [experts][inputs][outputs]: y = x W. Packing wants one row per output. */
+static void experts(loader *l, qvl__matrix **out, bool gate_up, int inputs, int outputs, const char *name, int layer) {
+    int n = l->c->text.experts;
+    qvl__type type = QVL__F32;
+    qvl__tensor *t = need(l, n, (int64_t)inputs * outputs, l->text, "layers.%d.mlp.experts.%s", layer, name);
+    if (!t || common_type(l, &t, 1, &type) < 0) return;
+    if (t->rank != 3 || t->shape[1] != inputs) {
+        l->rc = qvl__fail(QVL_EFORMAT, "%s: tensor %s is not [experts][%d inputs][%d outputs]", l->dir, t->name, inputs, outputs);
+        return;
+    }
+    qvl__type stored;
+    type_of(t, &stored);
+    size_t size = qvl__type_size(stored), bytes = (size_t)inputs * (size_t)outputs * size;
+    *out = qvl__calloc((size_t)n, sizeof **out);
+    uint8_t *turned = qvl__malloc(bytes);
+    if (!*out || !turned) l->rc = QVL_ENOMEM;
+    for (int e = 0; e < n && l->rc == 0; e++) {
+        const uint8_t *src = t->data + (size_t)e * bytes;
+        for (size_t i = 0; i < (size_t)inputs; i++)
+            for (size_t o = 0; o < (size_t)outputs; o++) memcpy(turned + (o * (size_t)inputs + i) * size, src + (i * (size_t)outputs + o) * size, size);
+        if ((l->rc = l->d->matrix_new(l->d, &(*out)[e], type, outputs, inputs, gate_up)) < 0) break;
+        l->w->bytes += (*out)[e].bytes;
+        l->d->matrix_put(l->d, &(*out)[e], 0, outputs, stored, turned);
+        advance(l, t, src, bytes);
+    }
+    qvl__free(turned);
+}
+
+static void load_mlp(loader *l, qvl__text_layer *b, int i) {
+    const qvl__text_config *t = &l->c->text;
+    const char *p = l->text;
+    if (t->experts && !t->dense_layer[i]) {
+        matrix(l, &b->router, false, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NULL, NULL);
+        experts(l, &b->expert_gate_up, true, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
+        experts(l, &b->expert_down, false, t->expert_inter, t->hidden, "down_proj", i);
+        return;
+    }
+    matrix(l, &b->gate_up, true, need(l, t->inter, t->hidden, p, "layers.%d.mlp.gate_proj.weight", i),
+           need(l, t->inter, t->hidden, p, "layers.%d.mlp.up_proj.weight", i), NULL);
+    matrix(l, &b->down, false, need(l, t->hidden, t->inter, p, "layers.%d.mlp.down_proj.weight", i), NULL, NULL);
+}
+
 static void load_text(loader *l) {
     const qvl__text_config *t = &l->c->text;
     qvl__weights *w = l->w;
@@ -244,17 +286,23 @@ static void load_text(loader *l) {
         matrix(l, &b->qkv, false, need(l, q, h, p, "layers.%d.self_attn.q_proj.weight", i),
                need(l, kv, h, p, "layers.%d.self_attn.k_proj.weight", i), need(l, kv, h, p, "layers.%d.self_attn.v_proj.weight", i));
         matrix(l, &b->o, false, need(l, h, q, p, "layers.%d.self_attn.o_proj.weight", i), NULL, NULL);
-        matrix(l, &b->gate_up, true, need(l, t->inter, h, p, "layers.%d.mlp.gate_proj.weight", i),
-               need(l, t->inter, h, p, "layers.%d.mlp.up_proj.weight", i), NULL);
-        matrix(l, &b->down, false, need(l, h, t->inter, p, "layers.%d.mlp.down_proj.weight", i), NULL, NULL);
+        load_mlp(l, b, i);
     }
 }
 
-/* SHA-256 over what decides the bits of an output: names, types, shapes, 4 KiB at 16 places of every tensor, and how the
- * device computes. Whole contents would cost a second per gigabyte at every start. */
+/* SHA-256 over what decides the bits of an output: the numbers of config.json that no tensor's shape tells, names, types,
+ * shapes, 4 KiB at 16 places of every tensor, and how the device computes. Whole contents would cost a second per gigabyte
+ * at every start. */
 static void identify(loader *l) {
+    const qvl__text_config *tc = &l->c->text;
+    const qvl__vision_config *vc = &l->c->vision;
+    const int32_t heads[] = {tc->heads, tc->kv_heads, tc->mrope_section[0], tc->mrope_section[1], tc->mrope_section[2], tc->top_k, vc->heads};
+    const double real[] = {(double)tc->eps, tc->rope_theta};
     qvl__sha256 s;
     qvl__sha256_init(&s);
+    qvl__sha256_add(&s, heads, sizeof heads);
+    qvl__sha256_add(&s, real, sizeof real);
+    qvl__sha256_add(&s, vc->deepstack, sizeof vc->deepstack[0] * (size_t)vc->n_deepstack);
     for (size_t i = 0; i < l->st.n; i++) {
         const qvl__tensor *t = &l->st.tensors[i];
         qvl__sha256_add(&s, t->name, strlen(t->name) + 1);
@@ -330,6 +378,11 @@ void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d) {
         d->matrix_free(d, &b->o);
         d->matrix_free(d, &b->gate_up);
         d->matrix_free(d, &b->down);
+        d->matrix_free(d, &b->router);
+        for (int e = 0; b->expert_gate_up && e < t->experts; e++) d->matrix_free(d, &b->expert_gate_up[e]);
+        for (int e = 0; b->expert_down && e < t->experts; e++) d->matrix_free(d, &b->expert_down[e]);
+        qvl__free(b->expert_gate_up);
+        qvl__free(b->expert_down);
     }
     d->matrix_free(d, &w->patch);
     free_vector(d, w->patch_b, vh);

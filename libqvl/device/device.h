@@ -89,6 +89,9 @@ struct qvl__device {
     /* y[r] += sum over c of weight[4r + c] * table[index[4r + c]], c = 0..3 in order (interpolated position embedding). */
     void (*add_interpolated)(qvl__device *d, float *y, const float *table, const int32_t *index, const float *weight, int rows, int dim);
 
+    /* y[idx[r]] += scale[r] * x[r], r in order. */
+    void (*scatter_scaled)(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim);
+
     void (*rms_norm)(qvl__device *d, float *y, const float *x, const float *w, int rows, int dim, float eps);
     void (*layer_norm)(qvl__device *d, float *y, const float *x, const float *w, const float *b, int rows, int dim, float eps);
 
@@ -101,6 +104,10 @@ struct qvl__device {
                             const float *cos, const float *sin, qvl__kv *kv, int layer, const qvl__ragged *b);
     /* out[rows][heads * head_dim]: causal softmax(q k^T / sqrt(head_dim)) v over the paged cache; q as left in qkv. */
     void (*attention_paged)(qvl__device *d, float *out, const float *qkv, int heads, const qvl__kv *kv, int layer, const qvl__ragged *b);
+
+    /* Mixture of experts: softmax over logits[rows][experts], the top_k largest (the lower index among equals), their
+     * weights scaled to add up to 1. expert, weight [rows][top_k]. */
+    void (*moe_route)(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k);
 
     /* Vision: qkv is [rows][3 * heads * head_dim]. rotate_half RoPE on q and k by cos, sin [span][head_dim / 2], where
      * rows repeat every span (one temporal patch = one span). */

@@ -51,14 +51,15 @@ int32_t qvl__bpe_find(const qvl__bpe *b, const char *bytes, size_t n) {
     return -1;
 }
 
-static const struct qvl__merge *find_merge(const qvl__bpe *b, int32_t left, int32_t right) {
+static uint32_t rank_of(const qvl__bpe *b, int32_t left, int32_t right) {
     uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    for (size_t i = hash_pair(pair) & b->merges_mask; b->merges[i].pair != NO_PAIR; i = (i + 1) & b->merges_mask)
-        if (b->merges[i].pair == pair) return &b->merges[i];
-    return NULL;
+    for (size_t i = hash_pair(pair) & b->merges_mask;; i = (i + 1) & b->merges_mask) {
+        if (b->merges[i].pair == pair) return b->merges[i].rank;
+        if (b->merges[i].pair == NO_PAIR) return NO_RANK;
+    }
 }
 
-int qvl__bpe_index(qvl__bpe *b, size_t n_merges) {
+int qvl__bpe_index(qvl__bpe *b, size_t max_merges) {
     size_t room = power_of_two_above((size_t)b->limit * 2);
     b->by_bytes = qvl__array(NULL, room, sizeof *b->by_bytes);
     if (!b->by_bytes) return QVL_ENOMEM;
@@ -66,7 +67,10 @@ int qvl__bpe_index(qvl__bpe *b, size_t n_merges) {
     b->by_mask = room - 1;
     for (int32_t id = 0; id < b->limit; id++) {
         if (!(b->flags[id] & QVL__TOKEN_BASE)) continue;
-        size_t i = hash_bytes(b->bytes + b->start[id], b->start[id + 1] - b->start[id]) & b->by_mask;
+        const char *bytes = b->bytes + b->start[id];
+        size_t n = b->start[id + 1] - b->start[id], i = hash_bytes(bytes, n) & b->by_mask;
+        int32_t twin = qvl__bpe_find(b, bytes, n);
+        if (twin >= 0) return qvl__fail(QVL_EFORMAT, "the tokens %d and %d are the same bytes", (int)twin, (int)id);
         while (b->by_bytes[i] >= 0) i = (i + 1) & b->by_mask;
         b->by_bytes[i] = id;
     }
@@ -76,20 +80,24 @@ int qvl__bpe_index(qvl__bpe *b, size_t n_merges) {
         if (b->byte_id[c] < 0)
             return qvl__fail(QVL_EUNSUPPORTED, "the vocabulary has no token for the byte 0x%02X; a byte-level vocabulary has all 256", c);
     }
-    room = power_of_two_above(n_merges + n_merges / 2 + 1);
+    room = power_of_two_above(max_merges + max_merges / 2 + 1);
     b->merges = qvl__array(NULL, room, sizeof *b->merges);
-    if (!b->merges) return QVL_ENOMEM;
+    b->merged = qvl__array(NULL, max_merges, sizeof *b->merged);
+    b->byte_rank = qvl__array(NULL, 256 * 256, sizeof *b->byte_rank);
+    if (!b->merges || !b->merged || !b->byte_rank) return QVL_ENOMEM;
+    b->max_merges = max_merges;
     for (size_t i = 0; i < room; i++) b->merges[i] = (struct qvl__merge){.pair = NO_PAIR};
     b->merges_mask = room - 1;
     return 0;
 }
 
-int qvl__bpe_add_merge(qvl__bpe *b, int32_t left, int32_t right, uint32_t rank, int32_t id) {
+int qvl__bpe_add_merge(qvl__bpe *b, int32_t left, int32_t right, int32_t id) {
+    if (b->n_merges >= b->max_merges) return qvl__fail(QVL_EINTERNAL, "more merges than announced");
     uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
     size_t i = hash_pair(pair) & b->merges_mask;
     while (b->merges[i].pair != NO_PAIR && b->merges[i].pair != pair) i = (i + 1) & b->merges_mask;
-    if (b->merges[i].pair == NO_PAIR && ++b->n_merges > b->merges_mask) return qvl__fail(QVL_EINTERNAL, "more merges than announced");
-    b->merges[i] = (struct qvl__merge){pair, rank, id}; /* listed twice: the later rank holds, as in tokenizers */
+    b->merges[i] = (struct qvl__merge){pair, (uint32_t)b->n_merges}; /* listed twice: the later rank holds, as in tokenizers */
+    b->merged[b->n_merges++] = id;
     return 0;
 }
 
@@ -99,6 +107,8 @@ void qvl__bpe_free(qvl__bpe *b) {
     qvl__free(b->flags);
     qvl__free(b->by_bytes);
     qvl__free(b->merges);
+    qvl__free(b->merged);
+    qvl__free(b->byte_rank);
     *b = (qvl__bpe){0};
 }
 
@@ -123,33 +133,24 @@ int qvl__bpe_put(qvl__bpe_out *o, int32_t id) {
     return 0;
 }
 
-/* The rank of two neighbours, and in *id what they become. */
-static uint32_t rank_of(const qvl__bpe *b, int32_t left, int32_t right, int32_t *id) {
-    const struct qvl__merge *m = find_merge(b, left, right);
-    if (!m) return NO_RANK;
-    *id = m->id;
-    return m->rank;
-}
-
 static int short_word(const qvl__bpe *b, const uint8_t *word, size_t n, qvl__bpe_out *o) {
-    int32_t sym[SHORT_WORD], to[SHORT_WORD];
-    uint32_t rank[SHORT_WORD]; /* rank[i]: of sym[i] with sym[i + 1]; to[i]: what they become */
+    int32_t sym[SHORT_WORD];
+    uint32_t rank[SHORT_WORD]; /* of sym[i] with sym[i + 1] */
     for (size_t i = 0; i < n; i++) sym[i] = b->byte_id[word[i]];
-    for (size_t i = 0; i + 1 < n; i++) rank[i] = rank_of(b, sym[i], sym[i + 1], &to[i]);
+    for (size_t i = 0; i + 1 < n; i++) rank[i] = b->byte_rank[word[i] << 8 | word[i + 1]];
     rank[n - 1] = NO_RANK;
     for (;;) {
         size_t best = 0;
         for (size_t i = 1; i + 1 < n; i++)
             if (rank[i] < rank[best]) best = i;
         if (rank[best] == NO_RANK) break;
-        sym[best] = to[best];
+        sym[best] = b->merged[rank[best]];
         size_t gone = best + 1, after = n - gone - 1;
         memmove(sym + gone, sym + gone + 1, after * sizeof *sym);
         memmove(rank + gone, rank + gone + 1, after * sizeof *rank);
-        memmove(to + gone, to + gone + 1, after * sizeof *to);
         n--;
-        rank[best] = best + 1 < n ? rank_of(b, sym[best], sym[best + 1], &to[best]) : NO_RANK;
-        if (best > 0) rank[best - 1] = rank_of(b, sym[best - 1], sym[best], &to[best - 1]);
+        rank[best] = best + 1 < n ? rank_of(b, sym[best], sym[best + 1]) : NO_RANK;
+        if (best > 0) rank[best - 1] = rank_of(b, sym[best - 1], sym[best]);
     }
     for (size_t i = 0; i < n; i++) {
         int rc = qvl__bpe_put(o, sym[i]);
@@ -160,7 +161,7 @@ static int short_word(const qvl__bpe *b, const uint8_t *word, size_t n, qvl__bpe
 
 /* A symbol of a long word: a list in an array, in the order of the text. */
 struct qvl__symbol {
-    int32_t id, to;
+    int32_t id;
     uint32_t rank; /* with the next one; NO_RANK: no merge, last, or swallowed by the one before */
     uint32_t prev, next;
 };
@@ -208,7 +209,7 @@ static int long_word(const qvl__bpe *b, const uint8_t *word, size_t n, qvl__bpe_
         s[i] = (struct qvl__symbol){.id = b->byte_id[word[i]], .rank = NO_RANK, .prev = (uint32_t)i - 1, .next = (uint32_t)i + 1};
     s[0].prev = s[n - 1].next = END;
     for (size_t i = 0; i + 1 < n; i++) {
-        s[i].rank = rank_of(b, s[i].id, s[i + 1].id, &s[i].to);
+        s[i].rank = b->byte_rank[word[i] << 8 | word[i + 1]];
         if (s[i].rank != NO_RANK) heap_push(heap, &waiting, (uint64_t)s[i].rank << 32 | i);
     }
     while (waiting) {
@@ -216,18 +217,18 @@ static int long_word(const qvl__bpe *b, const uint8_t *word, size_t n, qvl__bpe_
         uint32_t i = (uint32_t)top;
         if (s[i].rank != top >> 32) continue;
         uint32_t gone = s[i].next;
-        s[i].id = s[i].to;
+        s[i].id = b->merged[s[i].rank];
         s[i].next = s[gone].next;
         s[gone].rank = NO_RANK;
         s[i].rank = NO_RANK;
         if (s[i].next != END) {
             s[s[i].next].prev = i;
-            s[i].rank = rank_of(b, s[i].id, s[s[i].next].id, &s[i].to);
+            s[i].rank = rank_of(b, s[i].id, s[s[i].next].id);
             if (s[i].rank != NO_RANK) heap_push(heap, &waiting, (uint64_t)s[i].rank << 32 | i);
         }
         uint32_t p = s[i].prev;
         if (p != END) {
-            s[p].rank = rank_of(b, s[p].id, s[i].id, &s[p].to);
+            s[p].rank = rank_of(b, s[p].id, s[i].id);
             if (s[p].rank != NO_RANK) heap_push(heap, &waiting, (uint64_t)s[p].rank << 32 | p);
         }
     }
@@ -242,6 +243,8 @@ static int merge_word(const qvl__bpe *b, const uint8_t *word, size_t n, qvl__bpe
 }
 
 int qvl__bpe_finish(qvl__bpe *b) {
+    for (int left = 0; left < 256; left++)
+        for (int right = 0; right < 256; right++) b->byte_rank[left << 8 | right] = rank_of(b, b->byte_id[left], b->byte_id[right]);
     qvl__bpe_out o = {0};
     int rc = 0;
     for (int32_t id = 0; id < b->limit && rc == 0; id++) {

@@ -29,9 +29,10 @@ typedef struct {
     struct qvl__merge {
         uint64_t pair; /* left id << 32 | right id; NO_PAIR is empty */
         uint32_t rank; /* the smallest rank merges first */
-        int32_t id;    /* what the two become */
     } *merges;
-    size_t merges_mask, n_merges;
+    size_t merges_mask, n_merges, max_merges;
+    int32_t *merged;         /* by rank: what the two become */
+    uint32_t *byte_rank;     /* [256][256]: the rank of two bytes, which every word asks for first */
 } qvl__bpe;
 
 /* Growing ids, and the scratch of long words; one per call, zeroed at first. */
@@ -45,9 +46,9 @@ typedef struct {
 void qvl__bpe_out_free(qvl__bpe_out *o);
 int qvl__bpe_put(qvl__bpe_out *o, int32_t id);
 
-/* Loading, in this order: bytes, start, flags and limit are set; index; add_merge for each; finish. */
-int qvl__bpe_index(qvl__bpe *b, size_t n_merges);
-int qvl__bpe_add_merge(qvl__bpe *b, int32_t left, int32_t right, uint32_t rank, int32_t id);
+/* Loading, in this order: bytes, start, flags and limit are set; index; add_merge for each, by rank; finish. */
+int qvl__bpe_index(qvl__bpe *b, size_t max_merges);
+int qvl__bpe_add_merge(qvl__bpe *b, int32_t left, int32_t right, int32_t id);
 int qvl__bpe_finish(qvl__bpe *b);
 void qvl__bpe_free(qvl__bpe *b);
 

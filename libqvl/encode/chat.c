@@ -27,32 +27,27 @@
  * one per kind: all sizes of Qwen3-VL Instruct share the first, all Thinking ones the second. */
 static const struct known {
     qvl__template id;
-    const char *name;
-    uint8_t sha256[32];
+    const char *name, *sha256;
 } known[] = {
     /* chat_template.json of Qwen/Qwen3-VL-{2B,4B,8B,32B,30B-A3B}-Instruct, 5291 bytes */
-    {QVL__TEMPLATE_INSTRUCT, "instruct",
-     {0x9d, 0x87, 0x9e, 0xf9, 0x10, 0x75, 0xac, 0xbf, 0xb2, 0xdf, 0x7e, 0x44, 0x1f, 0xd7, 0x9d, 0x60,
-      0xba, 0xcf, 0xca, 0x98, 0x9c, 0xf6, 0xd5, 0x11, 0xd2, 0xaf, 0x45, 0xc6, 0x81, 0xe9, 0x4f, 0x10}},
+    {QVL__TEMPLATE_INSTRUCT, "instruct", "9d879ef91075acbfb2df7e441fd79d60bacfca989cf6d511d2af45c681e94f10"},
     /* chat_template.json of Qwen/Qwen3-VL-{2B,4B,8B,32B,30B-A3B}-Thinking, 5198 bytes */
-    {QVL__TEMPLATE_THINKING, "thinking",
-     {0x84, 0xed, 0x32, 0x6c, 0xcc, 0xec, 0x34, 0x0f, 0x3c, 0x77, 0x5d, 0x5a, 0x31, 0xc0, 0xaa, 0xda,
-      0x29, 0x0d, 0x59, 0x81, 0x9c, 0x18, 0xe4, 0x36, 0x50, 0xaa, 0xbe, 0x14, 0xf1, 0xd4, 0x2c, 0x83}},
+    {QVL__TEMPLATE_THINKING, "thinking", "84ed326ccec340f3c775d5a31c0aada290d59819c18e43650aabe14f1d42c839"},
     /* examples/models/qvl-tiny/chat_template.json, 2993 bytes */
-    {QVL__TEMPLATE_TINY, "qvl-tiny",
-     {0xf3, 0x65, 0x61, 0xf3, 0xe5, 0x76, 0x2b, 0x36, 0x2e, 0xe4, 0xa9, 0x82, 0x24, 0x5a, 0xf9, 0xf4,
-      0x0f, 0x43, 0x82, 0xc8, 0xfb, 0xd0, 0x67, 0x51, 0x14, 0x84, 0x41, 0x61, 0x90, 0x44, 0xe2, 0x46}},
+    {QVL__TEMPLATE_TINY, "qvl-tiny", "f36561f3e5762b362ee4a982245af9f40f4382c8fbd06751148441619044e246"},
 };
 
 qvl__template qvl__template_recognise(const char *text, size_t len) {
     while (len && (text[len - 1] == '\n' || text[len - 1] == '\r')) len--;
     qvl__sha256 s;
     uint8_t sum[32];
+    char hex[65];
     qvl__sha256_init(&s);
     qvl__sha256_add(&s, text, len);
     qvl__sha256_end(&s, sum);
+    for (int i = 0; i < 32; i++) snprintf(hex + 2 * i, 3, "%02x", sum[i]);
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (memcmp(sum, known[i].sha256, 32) == 0) return known[i].id;
+        if (strcmp(hex, known[i].sha256) == 0) return known[i].id;
     return QVL__TEMPLATE_UNKNOWN;
 }
 
@@ -95,7 +90,7 @@ static bool is_video(const json_t *part) { return type_is(part, "video") || json
 
 static int check_part(const json_t *part, size_t m, size_t i) {
     if (!json_is_object(part))
-        return qvl__fail(QVL_EINVAL, "messages[%zu].content[%zu]: a part must be an object such as {\"type\": \"text\", \"text\": ...}, "
+        return qvl__fail(QVL_EINVAL, "messages[%zu].content[%zu]: a part must be an object like {\"type\": \"text\", \"text\": ...}, "
                          "not %s", m, i, type_of(part));
     const json_t *type = json_object_get(part, "type"), *text = json_object_get(part, "text");
     if (given(type) && !json_is_string(type))
@@ -107,7 +102,8 @@ static int check_part(const json_t *part, size_t m, size_t i) {
     const char *name = given(type) ? json_string_value(type) : "";
     if (type_is(part, "text") || type_is(part, "image_url"))
         return qvl__fail(QVL_EINVAL, "messages[%zu].content[%zu]: a part of type \"%s\" needs the key \"%s\"", m, i, name, name);
-    return qvl__fail(QVL_EINVAL, "messages[%zu].content[%zu]: a part must be text, image, image_url or video, not \"%s\"", m, i, name);
+    return qvl__fail(QVL_EINVAL, "messages[%zu].content[%zu]: a part must be text, image, image_url or video, not \"%s\"", m, i,
+                     name);
 }
 
 /* jinja's truth of a JSON value: null, false, 0, "", [] and {} are false. */
@@ -175,7 +171,8 @@ static int check_message(const json_t *message, size_t m) {
 }
 
 static int check(const json_t *messages, const json_t *tools) {
-    if (!json_is_array(messages)) return qvl__fail(QVL_EINVAL, "messages: must be an array of objects, not %s", type_of(messages));
+    if (!json_is_array(messages))
+        return qvl__fail(QVL_EINVAL, "messages: must be an array of objects, not %s", type_of(messages));
     if (json_array_size(messages) == 0) return qvl__fail(QVL_EINVAL, "messages: is empty; at least one message is needed");
     for (size_t m = 0; m < json_array_size(messages); m++) {
         int rc = check_message(json_array_get(messages, m), m);
@@ -439,7 +436,9 @@ static const char *find(const char *text, range in, const char *tag) {
 }
 /* Where the text after the last tag begins; in.start when there is none: Python's split(tag)[-1]. */
 static size_t after_last(const char *text, range in, const char *tag) {
-    for (const char *p; (p = find(text, in, tag));) in.start = (size_t)(p - text) + strlen(tag);
+    const size_t n = strlen(tag);
+    for (size_t end = in.end; end >= in.start + n; end--)
+        if (memcmp(text + end - n, tag, n) == 0) return end;
     return in.start;
 }
 static void lstrip(const char *text, range *in) {

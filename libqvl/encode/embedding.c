@@ -30,7 +30,8 @@ int qvl__embedding_alloc(qvl_embedding **out, int layers, int tokens, int hidden
     size_t bytes;
     *out = NULL;
     if (!data_bytes(layers, tokens, hidden, &bytes))
-        return qvl__fail(QVL_EINVAL, "embedding: %d layers of %d tokens of %d floats is not a possible size", layers, tokens, hidden);
+        return qvl__fail(QVL_EINVAL, "embedding: %d layers of %d tokens of %d floats is not a possible size", layers, tokens,
+                         hidden);
     qvl_embedding *e = qvl__calloc(1, sizeof *e);
     if (!e) return QVL_ENOMEM;
     e->data = qvl__malloc(bytes);
@@ -85,6 +86,14 @@ int qvl__embedding_to_bytes(const qvl_embedding *e, void **data, size_t *size) {
     return 0;
 }
 
+/* A token is a square of merge x merge patches. */
+static bool grid_fits(uint64_t t, uint64_t h, uint64_t w, uint64_t tokens) {
+    for (uint64_t merge = 1, n; merge <= 8; merge++)
+        if (h % merge == 0 && w % merge == 0 && !__builtin_mul_overflow((h / merge) * (w / merge), t, &n) && n == tokens)
+            return true;
+    return false;
+}
+
 int qvl__embedding_from_bytes(qvl_embedding **out, const uint8_t weights_id[32], const void *data, size_t size) {
     const uint8_t *b = data;
     uint32_t f[FIELDS];
@@ -95,19 +104,20 @@ int qvl__embedding_from_bytes(qvl_embedding **out, const uint8_t weights_id[32],
         return qvl__fail(QVL_EFORMAT, "embedding: these %zu bytes do not begin with an embedding's header", size);
     memcpy(f, b + 8, sizeof f);
     if (f[0] != VERSION)
-        return qvl__fail(QVL_EFORMAT, "embedding: version %u is unknown, this library reads version %d; encode the image again", f[0],
-                         VERSION);
+        return qvl__fail(QVL_EFORMAT, "embedding: version %u is unknown, this library reads version %d; encode the image again",
+                         f[0], VERSION);
     for (int i = 2; i < FIELDS; i++)
-        if (f[i] == 0 || f[i] > INT32_MAX) return qvl__fail(QVL_EFORMAT, "embedding: damaged header, size %u is impossible", f[i]);
-    uint64_t patches;
-    if (f[1] > 1 || (!(f[1] & 1) && f[5] != 1) || __builtin_mul_overflow((uint64_t)f[5] * f[6], (uint64_t)f[7], &patches) ||
-        patches % f[3] != 0)
-        return qvl__fail(QVL_EFORMAT, "embedding: damaged header, grid %u x %u x %u does not fit %u tokens", f[5], f[6], f[7], f[3]);
+        if (f[i] == 0 || f[i] > INT32_MAX)
+            return qvl__fail(QVL_EFORMAT, "embedding: damaged header, size %u is impossible", f[i]);
+    if (f[1] > 1 || (!(f[1] & 1) && f[5] != 1) || !grid_fits(f[5], f[6], f[7], f[3]))
+        return qvl__fail(QVL_EFORMAT, "embedding: damaged header, a %u x %u x %u grid does not give %u tokens", f[5], f[6], f[7],
+                         f[3]);
     if (!data_bytes((int)f[2], (int)f[3], (int)f[4], &bytes) || size != HEADER + bytes + CHECKSUM)
-        return qvl__fail(QVL_EFORMAT, "embedding: %zu bytes do not hold %u layers of %u tokens of %u floats; cut off or damaged", size,
-                         f[2], f[3], f[4]);
+        return qvl__fail(QVL_EFORMAT, "embedding: %zu bytes do not hold %u layers of %u tokens of %u floats; cut off or damaged",
+                         size, f[2], f[3], f[4]);
     checksum(sum, b, HEADER + bytes);
-    if (memcmp(sum, b + HEADER + bytes, 32) != 0) return qvl__fail(QVL_EFORMAT, "embedding: wrong checksum, the bytes are damaged");
+    if (memcmp(sum, b + HEADER + bytes, 32) != 0)
+        return qvl__fail(QVL_EFORMAT, "embedding: wrong checksum, the bytes are damaged");
     if (memcmp(b + AT_WEIGHTS, weights_id, 32) != 0)
         return qvl__fail(QVL_EFORMAT, "embedding: made by a model with other weights; encode the image again with this one");
     qvl_embedding *e;

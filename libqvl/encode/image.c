@@ -54,7 +54,8 @@ qvl__image_limits qvl__image_limits_of(const qvl_options *o) {
 
 int qvl__image_check_size(int64_t width, int64_t height, const qvl__image_limits *l) {
     if (width <= 0 || height <= 0)
-        return qvl__fail(QVL_EFORMAT, "image of %lld x %lld pixels: both sides must be at least 1", (long long)width, (long long)height);
+        return qvl__fail(QVL_EFORMAT, "image of %lld x %lld pixels: both sides must be at least 1", (long long)width,
+                         (long long)height);
     int64_t pixels;
     if (width > INT_MAX || height > INT_MAX || __builtin_mul_overflow(width, height, &pixels) || pixels > l->pixels)
         return qvl__fail(QVL_ELIMIT, "image of %lld x %lld pixels, more than the %lld that option max_image_pixels allows",
@@ -104,7 +105,8 @@ int qvl__image_decode(qvl_image **out, const uint8_t *data, size_t size, const q
     *out = NULL;
     if (size == 0) return qvl__fail(QVL_EFORMAT, "image is empty: 0 bytes");
     if (l->bytes < 0 || size > (uint64_t)l->bytes)
-        return qvl__fail(QVL_ELIMIT, "image of %zu bytes, more than the %lld that option max_image_bytes allows", size, (long long)l->bytes);
+        return qvl__fail(QVL_ELIMIT, "image of %zu bytes, more than the %lld that option max_image_bytes allows", size,
+                         (long long)l->bytes);
     if (begins(data, size, 0, "\xff\xd8\xff", 3)) return qvl__jpeg_decode(out, data, size, l);
     if (begins(data, size, 0, "\x89PNG\r\n\x1a\n", 8)) return qvl__png_decode(out, data, size, l);
     if (begins(data, size, 0, "RIFF", 4) && begins(data, size, 8, "WEBP", 4)) return qvl__webp_decode(out, data, size, l);
@@ -249,11 +251,20 @@ static uint8_t base64_value(uint8_t c) {
     }
 }
 
+/* The values of four characters at once; false unless all are digits. */
+static inline bool four_digits(const uint8_t *s, const uint8_t table[256], uint32_t *bits) {
+    uint8_t a = table[s[0]], b = table[s[1]], c = table[s[2]], d = table[s[3]];
+    *bits = (uint32_t)a << 18 | (uint32_t)b << 12 | (uint32_t)c << 6 | d;
+    return (a | b | c | d) < 64;
+}
+
 /* Checks base64 text from byte at of uri to its end and counts its digits. */
 static int base64_check(const char *uri, size_t at, size_t len, const uint8_t table[256], size_t *digits) {
+    const uint8_t *s = (const uint8_t *)uri;
     size_t n = 0, pads = 0;
     for (size_t i = at; i < len; i++) {
-        uint8_t c = (uint8_t)uri[i], v = table[c];
+        for (uint32_t bits; pads == 0 && len - i > 4 && four_digits(s + i, table, &bits); i += 4) n += 4;
+        uint8_t c = s[i], v = table[c];
         if (v < 64 && pads == 0) n++;
         else if (v == B64_PAD && n % 4 >= 2 && pads < 4 - n % 4) pads++;
         else if (v != B64_SPACE) {
@@ -263,9 +274,30 @@ static int base64_check(const char *uri, size_t at, size_t len, const uint8_t ta
         }
     }
     if (n == 0) return qvl__fail(QVL_EFORMAT, "data URI: nothing follows the comma at byte %zu", at - 1);
-    if (n % 4 == 1) return qvl__fail(QVL_EFORMAT, "data URI: base64 is cut off at byte %zu, %zu digits do not make whole bytes", len, n);
+    if (n % 4 == 1)
+        return qvl__fail(QVL_EFORMAT, "data URI: base64 is cut off at byte %zu, %zu digits do not make whole bytes", len, n);
     *digits = n;
     return 0;
+}
+
+/* Bytes of text that base64_check has passed; returns their number. */
+static size_t base64_decode(uint8_t *out, const char *uri, size_t at, size_t len, const uint8_t table[256]) {
+    const uint8_t *s = (const uint8_t *)uri;
+    uint32_t bits = 0, four;
+    int have = 0; /* bits not yet written */
+    size_t n = 0;
+    for (size_t i = at; i < len; i++) {
+        for (; have == 0 && len - i > 4 && four_digits(s + i, table, &four); i += 4) {
+            out[n++] = (uint8_t)(four >> 16);
+            out[n++] = (uint8_t)(four >> 8);
+            out[n++] = (uint8_t)four;
+        }
+        uint8_t v = table[s[i]];
+        if (v >= 64) continue;
+        bits = bits << 6 | v;
+        if ((have += 6) >= 8) out[n++] = (uint8_t)(bits >> (have -= 8));
+    }
+    return n;
 }
 
 /* Finds the comma of data:[type][;parameter...][;base64], in uri and checks what stands before it. */
@@ -293,7 +325,8 @@ static int uri_header(const char *uri, size_t len, size_t *data_at) {
         p = end + 1;
     }
     if (!base64)
-        return qvl__fail(QVL_EUNSUPPORTED, "data URI: no \";base64\" before the comma at byte %zu; only base64 is read", (size_t)(comma - uri));
+        return qvl__fail(QVL_EUNSUPPORTED, "data URI: no \";base64\" before the comma at byte %zu; only base64 is read",
+                         (size_t)(comma - uri));
     *data_at = (size_t)(comma - uri) + 1;
     return 0;
 }
@@ -313,15 +346,7 @@ int qvl__image_from_data_uri(qvl_image **out, const char *uri, size_t len, const
                          (long long)l->bytes);
     uint8_t *data = qvl__malloc(bytes);
     if (!data) return QVL_ENOMEM;
-    uint32_t bits = 0;
-    int have = 0;
-    size_t n = 0;
-    for (size_t i = at; i < len; i++) {
-        uint8_t v = table[(uint8_t)uri[i]];
-        if (v >= 64) continue;
-        bits = bits << 6 | v;
-        if ((have += 6) >= 8) data[n++] = (uint8_t)(bits >> (have -= 8));
-    }
+    size_t n = base64_decode(data, uri, at, len, table);
     code = qvl__image_decode(out, data, n, l);
     qvl__free(data);
     return code;

@@ -78,7 +78,8 @@ static void on_progress(j_common_ptr cinfo) {
     job *j = cinfo->client_data;
     int64_t scans = j->cinfo.input_scan_number;
     if (scans > MAX_SCANS || scans * j->cinfo.image_width * j->cinfo.image_height > MAX_SCANNED_PIXELS) {
-        j->code = qvl__fail(QVL_ELIMIT, "JPEG: %lld scans or more for %u x %u pixels; at most %d scans and %lld scanned pixels are decoded",
+        j->code = qvl__fail(QVL_ELIMIT,
+                            "JPEG: %lld scans or more for %u x %u pixels; at most %d scans and %lld scanned pixels are decoded",
                             (long long)scans, j->cinfo.image_width, j->cinfo.image_height, MAX_SCANS, MAX_SCANNED_PIXELS);
         longjmp(j->jump, 1);
     }
@@ -163,7 +164,8 @@ static int decode(job *j) {
     code = read_rows(j);
     if (code < 0) return code;
     if (c->err->num_warnings)
-        qvl__log(QVL_LOG_WARN, "JPEG: %ld places of %u x %u pixels are damaged", c->err->num_warnings, c->image_width, c->image_height);
+        qvl__log(QVL_LOG_WARN, "JPEG: %ld places of %u x %u pixels are damaged", c->err->num_warnings, c->image_width,
+                 c->image_height);
     return qvl__image_turn(&j->image, orientation(c)); /* the end marker may be missing: nothing after the pixels matters */
 }
 

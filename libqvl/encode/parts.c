@@ -65,8 +65,9 @@ static int decode(qvl_image **out, const char *uri, size_t len, const qvl__image
     if (len >= 5 && strncasecmp(uri, "data:", 5) == 0) return qvl__image_from_data_uri(out, uri, len, l);
     size_t shown = len < 60 ? len : 60;
     while (shown < len && shown > 0 && ((unsigned char)uri[shown] & 0xC0) == 0x80) shown--; /* whole characters */
-    return qvl__fail(QVL_EUNSUPPORTED, "\"%.*s%s\" is not a data URI, and files and URLs named in messages are not opened; load the "
-                     "image yourself and pass it in media, or send data:image/...;base64,...", (int)shown, uri, shown < len ? "..." : "");
+    return qvl__fail(QVL_EUNSUPPORTED, "\"%.*s%s\" is not a data URI, and files and URLs named in messages are not opened; load "
+                     "the image yourself and pass it in media, or send data:image/...;base64,...", (int)shown, uri,
+                     shown < len ? "..." : "");
 }
 
 /* The frames of a video part, an array of data URIs; 1: found, 0: empty part. */
@@ -74,7 +75,7 @@ static int video_frames(const qvl__segment *s, const json_t **frames) {
     const json_t *v = json_object_get(s->part, "video");
     if (!given(v)) return 0;
     if (json_is_string(v))
-        return at(qvl__fail(QVL_EUNSUPPORTED, "video files are not decoded; pass the frames in media, or as an array of data URIs"), s);
+        return at(qvl__fail(QVL_EUNSUPPORTED, "video files are not decoded; pass frames in media, or as an array of data URIs"), s);
     if (!json_is_array(v) || json_array_size(v) == 0)
         return at(qvl__fail(QVL_EINVAL, "video must be an array of at least one data URI, one for each frame"), s);
     for (size_t i = 0; i < json_array_size(v); i++)
@@ -195,7 +196,8 @@ static int resolve_video(resolver *r, const qvl__segment *s, qvl__part *part) {
     int rc = video_source(r, s, &v);
     if (rc < 0) return rc;
     size_t n = v.total;
-    if (v.sample && (rc = qvl__sample_frames(v.total, v.fps, p->fps, p->min_frames, p->max_frames, &index, &n)) < 0) return at(rc, s);
+    if (v.sample) rc = qvl__sample_frames(v.total, v.fps, p->fps, p->min_frames, p->max_frames, &index, &n);
+    if (rc < 0) return at(rc, s);
     rc = build_video(r, s, &v, index, n, &part->visual);
     if (rc == 0) rc = write_stamps(part, &v, index, n, p->temporal);
     qvl__free(index);
@@ -229,8 +231,8 @@ static int match_media(const qvl__chat *chat, const qvl_media *media, size_t *vi
         empty++;
     }
     if (empty == have) return 0;
-    return qvl__fail(QVL_EINVAL, "the messages have %zu image or video parts without data, media has %zu entries; each part needs its own "
-                     "entry (parts that the chat template leaves out need none)", empty, have);
+    return qvl__fail(QVL_EINVAL, "the messages have %zu image or video parts without data, media has %zu entries; each part needs "
+                     "its own entry (parts that the chat template leaves out need none)", empty, have);
 }
 
 int qvl__parts_resolve(qvl__part **out, size_t *n, const qvl__chat *chat, const qvl__encoder *e, const qvl_media *media,
@@ -252,8 +254,8 @@ int qvl__parts_resolve(qvl__part **out, size_t *n, const qvl__chat *chat, const 
         if (rc < 0) break;
         r.tokens += part->visual->tokens;
         if (most > 0 && r.tokens > most)
-            rc = at(qvl__fail(QVL_ECONTEXT, "images and videos up to here take %lld tokens, the model's context is %d; send fewer or lower "
-                              "max_pixels", (long long)r.tokens, most), s);
+            rc = at(qvl__fail(QVL_ECONTEXT, "images and videos up to here take %lld tokens, the model's context is %d; send fewer or "
+                              "lower max_pixels", (long long)r.tokens, most), s);
     }
     if (rc < 0) {
         qvl__parts_free(parts, count);

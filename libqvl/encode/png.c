@@ -59,6 +59,17 @@ static int check_header(const job *j) {
     return code < 0 ? qvl__context(code, "PNG") : 0;
 }
 
+/* Bytes of the file that libpng gets to see: up to the first chunk that claims more than there is. libpng would take memory
+ * for such a chunk before it found out. Image data is read in pieces, so a cut there may stay. */
+static size_t sound_size(const uint8_t *p, size_t size) {
+    for (size_t at = 8; size - at >= 12;) {
+        size_t n = png_get_uint_32(p + at);
+        if (n > size - at - 12) return memcmp(p + at + 4, "IDAT", 4) == 0 ? size : at;
+        at += 12 + n;
+    }
+    return size;
+}
+
 /* EXIF as ImageMagick writes it into PNG text: "\nexif\n   <length>\n<hex digits, wrapped>\n". Decoded in place. */
 static size_t unhex_profile(char *text, size_t n) {
     size_t at = 0, out = 0;
@@ -129,9 +140,7 @@ static int decode(job *j) {
     png_structp png = j->png;
     if (setjmp(png_jmpbuf(png))) {
         if (j->pixels_done) return 0; /* only metadata after the picture is damaged or missing */
-        if (j->ended && j->image)
-            return qvl__fail(QVL_EFORMAT, "PNG is truncated: the data ends at row %u of %d", (unsigned)png_get_current_row_number(png),
-                             j->image->height);
+        if (j->ended && j->image) return qvl__fail(QVL_EFORMAT, "PNG is truncated: the data ends before the last row");
         if (j->ended) return qvl__fail(QVL_EFORMAT, "PNG is truncated: the data ends in the header");
         return qvl__fail(strstr(j->message, "emory") ? QVL_ENOMEM : QVL_EFORMAT, "PNG is damaged: %s", j->message);
     }
@@ -162,6 +171,7 @@ int qvl__png_decode(qvl_image **out, const uint8_t *data, size_t size, const qvl
     job j = {.data = data, .size = size, .limits = l};
     int code = check_header(&j);
     if (code < 0) return code;
+    j.size = sound_size(data, size);
     j.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &j, on_error, on_warning);
     j.info = j.png ? png_create_info_struct(j.png) : NULL;
     code = j.info ? decode(&j) : qvl__fail(QVL_ENOMEM, "PNG: out of memory");

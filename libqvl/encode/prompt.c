@@ -102,8 +102,8 @@ static int check_ids(const qvl__config *c, const int32_t *ids, size_t n, int cod
 }
 
 static int no_pads(int32_t image, int32_t video) {
-    return qvl__fail(QVL_EFORMAT, "tokenizer.json and config.json of the checkpoint disagree about <|image_pad|> (%d in config.json) or "
-                     "<|video_pad|> (%d)", image, video);
+    return qvl__fail(QVL_EFORMAT, "the checkpoint's tokenizer.json and config.json disagree about <|image_pad|> (%d in config.json) "
+                     "or <|video_pad|> (%d)", image, video);
 }
 
 /* ids with one pad for each run to p->tokens with whole runs; sets the runs' start. */
@@ -112,7 +112,8 @@ static int repeat_pads(qvl_prompt *p, const qvl__encoder *e, const int32_t *ids,
     size_t total = n, pads = 0, at = 0;
     for (size_t i = 0; i < n; i++) {
         if (ids[i] != image && ids[i] != video) continue;
-        if (pads == (size_t)p->n_runs || p->visuals[p->runs[pads].visual]->video != (ids[i] == video)) return no_pads(image, video);
+        if (pads == (size_t)p->n_runs || p->visuals[p->runs[pads].visual]->video != (ids[i] == video))
+            return no_pads(image, video);
         total += (size_t)p->runs[pads++].tokens - 1;
     }
     if (pads != (size_t)p->n_runs) return no_pads(image, video);
@@ -230,7 +231,8 @@ done:
 }
 
 /* JSON text to a rendered chat. The chat borrows from *root, which the caller drops (also after a failure). */
-static int render(qvl__chat *chat, json_t **root, qvl__template t, const char *messages, const char *tools, const qvl_options *o) {
+static int render(qvl__chat *chat, json_t **root, qvl__template t, const char *messages, const char *tools,
+                  const qvl_options *o) {
     json_t *tool_list = NULL;
     *root = NULL;
     int rc = qvl__messages_parse(root, messages, strlen(messages), "messages");
@@ -285,8 +287,8 @@ int qvl__prompt_from_tokens(qvl_prompt **out, const qvl__encoder *e, const int32
     if (rc < 0) return rc;
     for (size_t i = 0; i < n; i++)
         if (ids[i] == c->image_token || ids[i] == c->video_token)
-            return qvl__fail(QVL_EINVAL, "token %zu is %s (%d), which stands for pixels; make prompts with images from messages", i,
-                             ids[i] == c->image_token ? "<|image_pad|>" : "<|video_pad|>", ids[i]);
+            return qvl__fail(QVL_EINVAL, "token %zu is %s (%d), which stands for pixels; make prompts with images from messages",
+                             i, ids[i] == c->image_token ? "<|image_pad|>" : "<|video_pad|>", ids[i]);
     if ((rc = prompt_alloc(&p)) < 0) return rc;
     p->n = n;
     p->tokens = qvl__array(NULL, n, sizeof *p->tokens);

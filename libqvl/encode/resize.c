@@ -22,11 +22,12 @@
 
 static int check_sides(int64_t height, int64_t width) {
     if (height <= 0 || width <= 0)
-        return qvl__fail(QVL_EINVAL, "image of %lld x %lld pixels: both sides must be at least 1", (long long)width, (long long)height);
+        return qvl__fail(QVL_EINVAL, "image of %lld x %lld pixels: both sides must be at least 1", (long long)width,
+                         (long long)height);
     int64_t a = height < width ? height : width, b = height < width ? width : height;
     if (b > 200 * a)
-        return qvl__fail(QVL_ELIMIT, "image is %lld pixels wide and %lld high: one side may be at most 200 times the other", (long long)width,
-                         (long long)height);
+        return qvl__fail(QVL_ELIMIT, "image is %lld pixels wide and %lld high: one side may be at most 200 times the other",
+                         (long long)width, (long long)height);
     return 0;
 }
 
@@ -45,8 +46,10 @@ static int fit(double height, double width, double frames, double frames_bar, in
         w = ceil(width * beta / f) * f;
     }
     if (!(h >= f && w >= f && h * w <= 2147483647.0))
-        return qvl__fail(QVL_EINVAL, "image of %.0f x %.0f pixels cannot be resized to %lld..%lld pixels (options min_pixels, max_pixels)", width,
-                         height, (long long)min_pixels, (long long)max_pixels);
+        return qvl__fail(QVL_EINVAL,
+                         "image of %.0f x %.0f pixels cannot be resized to %lld..%lld pixels (options min_pixels, max_pixels)", width,
+                         height,
+                         (long long)min_pixels, (long long)max_pixels);
     *out_h = (int)h;
     *out_w = (int)w;
     return 0;
@@ -85,6 +88,7 @@ typedef struct {
 static void axis_free(axis *a) {
     qvl__free(a->first);
     qvl__free(a->w);
+    *a = (axis){0};
 }
 
 /* Keys, "Cubic convolution interpolation for digital image processing", 1981, with a = -0.5. */
@@ -348,8 +352,11 @@ static int plan(job *j, qvl__pool *pool) {
 }
 
 int qvl__resize_bicubic(uint8_t *dst, int dst_h, int dst_w, const uint8_t *src, int src_h, int src_w, qvl__pool *pool) {
-    if (dst_h <= 0 || dst_w <= 0 || src_h <= 0 || src_w <= 0 || dst_h > MAX_SIDE || dst_w > MAX_SIDE || src_h > MAX_SIDE || src_w > MAX_SIDE)
-        return qvl__fail(QVL_EINVAL, "resize from %d x %d to %d x %d pixels: sides must be 1 to %d", src_w, src_h, dst_w, dst_h, MAX_SIDE);
+    const int sides[4] = {dst_h, dst_w, src_h, src_w};
+    for (int i = 0; i < 4; i++)
+        if (sides[i] <= 0 || sides[i] > MAX_SIDE)
+            return qvl__fail(QVL_EINVAL, "resize from %d x %d to %d x %d pixels: sides must be 1 to %d", src_w, src_h, dst_w, dst_h,
+                             MAX_SIDE);
     job j = {.dst = dst, .src = src, .dst_h = dst_h, .dst_w = dst_w, .src_h = src_h, .src_w = src_w};
     j.wide = dst_w != src_w;
     j.high = dst_h != src_h;

@@ -37,7 +37,9 @@ int qvl__sample_frames(size_t total, double fps, double target_fps, int min_fram
 void qvl__timestamp(char out[48], int32_t a, int32_t b, double fps) {
     /* printf rounds the exact double as Python does, but writes the locale's decimal separator: keep the digits only. */
     char text[352];
-    int n = snprintf(text, sizeof text, "%.1f", (a / fps + b / fps) / 2);
+    /* The mean of the pair in one rounding, as in the golden tables. (transformers 5.23 adds two rounded times: where
+     * the mean ends in exactly 5 hundredths, its last digit can be one off from this.) */
+    int n = snprintf(text, sizeof text, "%.1f", ((double)a + (double)b) / 2 / fps);
     size_t whole = strspn(text, "-0123456789");
     if (n > 0 && n < (int)sizeof text && whole > 0 && text[whole])
         snprintf(out, 48, "<%.*s.%c seconds>", whole < 32 ? (int)whole : 32, text, text[n - 1]);

@@ -76,7 +76,9 @@ int qvl__visual_from_image(qvl__visual **out, const qvl__config *c, const qvl_im
     int rc = pixel_limits(&min, &max, o, "min_pixels", "max_pixels");
     if (rc < 0 || (rc = qvl__smart_resize(im->height, im->width, p->patch * p->merge, min, max, &h, &w)) < 0) return rc;
     if ((rc = visual_new(&v)) < 0) return rc;
-    if ((rc = set_grid(v, p, 1, h, w)) < 0 || (rc = qvl__resize_bicubic(v->frames, h, w, im->rgb, im->height, im->width, pool)) < 0) {
+    rc = set_grid(v, p, 1, h, w);
+    if (rc == 0) rc = qvl__resize_bicubic(v->frames, h, w, im->rgb, im->height, im->width, pool);
+    if (rc < 0) {
         qvl__visual_free(v);
         return rc;
     }
@@ -89,11 +91,11 @@ int qvl__visual_from_embedding(qvl__visual **out, const qvl__config *c, const ui
     const int unit = c->processor.merge * c->processor.merge;
     *out = NULL;
     if (memcmp(e->weights_id, weights_id, 32) != 0)
-        return qvl__fail(QVL_EINVAL, "this embedding was made by a model with other weights; encode the image again with this one");
+        return qvl__fail(QVL_EINVAL, "this embedding was made by a model with other weights; encode the image with this one");
     if (e->video) return qvl__fail(QVL_EINVAL, "this embedding was made from a video and cannot stand for an image");
     if (e->layers != 1 + c->vision.n_deepstack || e->hidden != c->text.hidden || e->t != 1 || e->h <= 0 || e->w <= 0 ||
         e->h % c->processor.merge || e->w % c->processor.merge || (int64_t)e->h * e->w != (int64_t)e->tokens * unit)
-        return qvl__fail(QVL_EINVAL, "an embedding of %d layers, %d tokens and %d floats on a %d x %d x %d grid does not fit this model",
+        return qvl__fail(QVL_EINVAL, "an embedding of %d layers, %d tokens, %d floats on a %d x %d x %d grid does not fit this model",
                          e->layers, e->tokens, e->hidden, e->t, e->h, e->w);
     qvl__visual *v;
     int rc = visual_new(&v);
@@ -127,7 +129,7 @@ int qvl__video_begin(qvl__video *b, const qvl__config *c, size_t n, int height, 
 int qvl__video_add(qvl__video *b, const qvl_image *im, qvl__pool *pool) {
     const size_t frame = (size_t)b->height * (size_t)b->width * 3;
     if (im->height != b->src_height || im->width != b->src_width)
-        return qvl__fail(QVL_EINVAL, "this frame is %d x %d pixels, the frames before it are %d x %d; all frames of a video need one size",
+        return qvl__fail(QVL_EINVAL, "this frame is %d x %d pixels, the frames before it are %d x %d; a video has one size",
                          im->width, im->height, b->src_width, b->src_height);
     return qvl__resize_bicubic(b->visual->frames + b->done++ * frame, b->height, b->width, im->rgb, im->height, im->width, pool);
 }

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "scan.h"
 #include "unicode.h"
 #include "vocab.h"
 
@@ -121,59 +122,59 @@ static int check_pipeline(qvl_tokenizer *t, const json_t *root) {
 /* ---- vocabulary and added tokens to one block of bytes ---- */
 
 typedef struct {
-    const char *text; /* borrowed from JSON; base tokens still in printable spelling */
+    const char *text; /* borrowed from the files' text, terminated; base tokens still in printable spelling */
     uint32_t len;
     uint8_t flags;
 } entry;
 
 typedef struct {
     entry *entries; /* by id */
-    int32_t limit;
+    int32_t limit, cap;
     size_t n_added;
 } listing;
 
-static int check_id(json_int_t id, const char *token) {
-    if (id < 0 || id >= MAX_TOKEN_ID)
-        return qvl__fail(QVL_EFORMAT, "token \"%.60s\" has the id %lld; ids are 0 to %d", token, (long long)id, MAX_TOKEN_ID - 1);
-    return 0;
+/* The entry of id, made if it is new; NULL with the message set when there cannot be one. */
+static entry *entry_of(listing *l, int64_t id, const char *token) {
+    if (id < 0 || id >= MAX_TOKEN_ID) {
+        qvl__fail(QVL_EFORMAT, "token \"%.60s\" has the id %lld; ids are 0 to %d", token, (long long)id, MAX_TOKEN_ID - 1);
+        return NULL;
+    }
+    if (id >= l->cap) {
+        int32_t cap = l->cap ? l->cap : 4096;
+        while (cap <= id) cap *= 2;
+        entry *e = qvl__array(l->entries, (size_t)cap, sizeof *e);
+        if (!e) return NULL;
+        memset(e + l->cap, 0, (size_t)(cap - l->cap) * sizeof *e);
+        l->entries = e;
+        l->cap = cap;
+    }
+    if (id >= l->limit) l->limit = (int32_t)id + 1;
+    return &l->entries[id];
 }
 
-static int grow(listing *l, json_int_t id) {
-    if (id < l->limit) return 0;
-    entry *e = qvl__array(l->entries, (size_t)id + 1, sizeof *e);
-    if (!e) return QVL_ENOMEM;
-    memset(e + l->limit, 0, (size_t)(id + 1 - l->limit) * sizeof *e);
-    l->entries = e;
-    l->limit = (int32_t)id + 1;
-    return 0;
-}
-
-static int list_vocab(listing *l, json_t *vocab) {
-    if (!json_is_object(vocab) || json_object_size(vocab) == 0) return qvl__fail(QVL_EFORMAT, "the vocabulary is not an object with tokens");
-    const char *key;
-    json_t *v;
-    json_int_t last = -1;
-    json_object_foreach(vocab, key, v) {
-        int rc = json_is_integer(v) ? check_id(json_integer_value(v), key) : qvl__fail(QVL_EFORMAT, "the id of token \"%.60s\" is not an integer", key);
-        if (rc < 0) return rc;
-        if (json_integer_value(v) > last) last = json_integer_value(v);
-    }
-    int rc = grow(l, last);
-    if (rc < 0) return rc;
-    for (void *it = json_object_iter(vocab); it; it = json_object_iter_next(vocab, it)) {
-        entry *e = &l->entries[json_integer_value(json_object_iter_value(it))];
-        const char *text = json_object_iter_key(it);
-        if (e->flags)
-            return qvl__fail(QVL_EFORMAT, "tokens \"%.60s\" and \"%.60s\" have the same id %lld", e->text, text,
-                             (long long)json_integer_value(json_object_iter_value(it)));
-        *e = (entry){text, (uint32_t)strlen(text), QVL__TOKEN_EXISTS | QVL__TOKEN_BASE};
-    }
-    return 0;
+/* {"token": id, ...} */
+static int list_vocab(listing *l, qvl__scan *s) {
+    if (!qvl__scan_char(s, '{')) return qvl__scan_fail(s, "the vocabulary is not an object");
+    do {
+        char *text;
+        size_t len;
+        int64_t id;
+        int rc = qvl__scan_string(s, &text, &len);
+        if (rc < 0) return qvl__context(rc, "vocabulary");
+        if (!qvl__scan_char(s, ':')) rc = qvl__scan_fail(s, "\":\" is wanted");
+        if (rc == 0) rc = qvl__scan_integer(s, &id);
+        if (rc < 0) return qvl__context(rc, "token \"%.60s\"", text);
+        entry *e = entry_of(l, id, text);
+        if (!e) return id < 0 || id >= MAX_TOKEN_ID ? QVL_EFORMAT : QVL_ENOMEM;
+        if (e->flags) return qvl__fail(QVL_EFORMAT, "tokens \"%.60s\" and \"%.60s\" have the same id %d", e->text, text, (int)id);
+        *e = (entry){text, (uint32_t)len, QVL__TOKEN_EXISTS | QVL__TOKEN_BASE};
+    } while (qvl__scan_char(s, ','));
+    return qvl__scan_char(s, '}') ? 0 : qvl__scan_fail(s, "\",\" or \"}\" is wanted in the vocabulary");
 }
 
 enum { ENTRY_ADDED = 0x80 }; /* only while loading */
 
-static int list_added(listing *l, const json_t *o, json_int_t id) {
+static int list_added(listing *l, const json_t *o, int64_t id) {
     const json_t *content = json_object_get(o, "content");
     if (json_string_length(content) == 0) return qvl__fail(QVL_EFORMAT, "added token %lld has no content", (long long)id);
     const char *text = json_string_value(content);
@@ -181,10 +182,8 @@ static int list_added(listing *l, const json_t *o, json_int_t id) {
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
         if (!is_false_or_absent(o, off[i]))
             return qvl__fail(QVL_EUNSUPPORTED, "added token \"%.60s\" sets %s; only added tokens matched as they stand are read", text, off[i]);
-    int rc = check_id(id, text);
-    if (rc == 0) rc = grow(l, id);
-    if (rc < 0) return rc;
-    entry *e = &l->entries[id];
+    entry *e = entry_of(l, id, text);
+    if (!e) return id < 0 || id >= MAX_TOKEN_ID ? QVL_EFORMAT : QVL_ENOMEM;
     if (e->flags & ENTRY_ADDED) return qvl__fail(QVL_EFORMAT, "two added tokens have the id %lld", (long long)id);
     if (e->flags && (e->len != json_string_length(content) || memcmp(e->text, text, e->len) != 0))
         return qvl__fail(QVL_EFORMAT, "id %lld is \"%.60s\" in the vocabulary and \"%.60s\" among the added tokens", (long long)id, e->text, text);
@@ -244,7 +243,6 @@ typedef struct {
     qvl__bpe *bpe;
     const alphabet *alphabet;
     qvl__buf bytes; /* scratch: left and right beside each other */
-    uint32_t rank;
 } merger;
 
 static int add_merge(merger *m, const char *left, size_t n_left, const char *right, size_t n_right) {
@@ -261,32 +259,42 @@ static int add_merge(merger *m, const char *left, size_t n_left, const char *rig
         id = qvl__bpe_find(m->bpe, m->bytes.data, (size_t)(a + b));
     }
     if (l < 0 || r < 0 || id < 0)
-        return qvl__fail(QVL_EFORMAT, "merge %u, \"%.*s\" and \"%.*s\": %s is not in the vocabulary", m->rank, (int)(n_left < 60 ? n_left : 60),
+        return qvl__fail(QVL_EFORMAT, "merge %zu, \"%.*s\" and \"%.*s\": %s is not in the vocabulary", m->bpe->n_merges, (int)(n_left < 60 ? n_left : 60),
                          left, (int)(n_right < 60 ? n_right : 60), right, l < 0 ? "the first" : r < 0 ? "the second" : "the whole");
-    return qvl__bpe_add_merge(m->bpe, l, r, m->rank++, id);
+    return qvl__bpe_add_merge(m->bpe, l, r, id);
 }
 
 /* "a b": neither side has a space, which is spelled U+0120. */
 static int add_merge_line(merger *m, const char *line, size_t n) {
     const char *space = memchr(line, ' ', n);
-    if (!space) return qvl__fail(QVL_EFORMAT, "merge %u, \"%.*s\", is not two tokens with a space between", m->rank, (int)(n < 60 ? n : 60), line);
+    if (!space) return qvl__fail(QVL_EFORMAT, "merge %zu, \"%.*s\", is not two tokens with a space between", m->bpe->n_merges, (int)(n < 60 ? n : 60), line);
     size_t left = (size_t)(space - line);
     return add_merge(m, line, left, space + 1, n - left - 1);
 }
 
-static int add_merges_json(merger *m, const json_t *merges) {
-    size_t i;
-    json_t *v;
-    json_array_foreach(merges, i, v) {
+/* [["a", "b"], ...] or ["a b", ...] */
+static int add_merges_json(merger *m, qvl__scan s) {
+    qvl__scan_char(&s, '['); /* an array: it has been counted */
+    if (qvl__scan_char(&s, ']')) return 0;
+    do {
+        char *left, *right;
+        size_t n_left, n_right;
         int rc;
-        const json_t *left = json_array_get(v, 0), *right = json_array_get(v, 1);
-        if (json_is_string(v)) rc = add_merge_line(m, json_string_value(v), json_string_length(v));
-        else if (json_array_size(v) == 2 && json_is_string(left) && json_is_string(right))
-            rc = add_merge(m, json_string_value(left), json_string_length(left), json_string_value(right), json_string_length(right));
-        else rc = qvl__fail(QVL_EFORMAT, "merge %zu is neither \"a b\" nor [\"a\", \"b\"]", i);
+        if (qvl__scan_char(&s, '[')) {
+            rc = qvl__scan_string(&s, &left, &n_left);
+            if (rc == 0 && !qvl__scan_char(&s, ',')) rc = qvl__scan_fail(&s, "a pair has two strings");
+            if (rc == 0) rc = qvl__scan_string(&s, &right, &n_right);
+            if (rc == 0 && !qvl__scan_char(&s, ']')) rc = qvl__scan_fail(&s, "a pair has two strings");
+            if (rc < 0) return qvl__context(rc, "merge %zu", m->bpe->n_merges);
+            rc = add_merge(m, left, n_left, right, n_right);
+        } else {
+            rc = qvl__scan_string(&s, &left, &n_left);
+            if (rc < 0) return qvl__context(rc, "merge %zu is neither \"a b\" nor [\"a\", \"b\"]", m->bpe->n_merges);
+            rc = add_merge_line(m, left, n_left);
+        }
         if (rc < 0) return rc;
-    }
-    return 0;
+    } while (qvl__scan_char(&s, ','));
+    return qvl__scan_char(&s, ']') ? 0 : qvl__scan_fail(&s, "\",\" or \"]\" is wanted in the merges");
 }
 
 static int add_merges_text(merger *m, const char *text, size_t n) {
@@ -302,18 +310,21 @@ static int add_merges_text(merger *m, const char *text, size_t n) {
     return 0;
 }
 
-/* From listed entries to finished tables; merges is an array of JSON, or NULL and text[0, n). */
-static int build(qvl_tokenizer *t, const listing *l, const json_t *merges, const char *text, size_t n) {
+/* From listed entries to finished tables; merges is JSON's array, or NULL and text[0, n) is merges.txt. */
+static int build(qvl_tokenizer *t, const listing *l, const qvl__scan *merges, const char *text, size_t n) {
     alphabet a;
     alphabet_make(&a);
-    size_t n_merges = json_array_size(merges);
+    size_t n_merges = 0;
+    int rc = merges ? qvl__scan_count(*merges, &n_merges) : 0;
+    if (rc < 0) return qvl__context(rc, "merges");
     if (!merges)
         for (size_t i = 0; i < n; i++) n_merges += text[i] == '\n' || i + 1 == n;
-    int rc = n_merges < MAX_TOKEN_ID ? pack(t, l, &a) : qvl__fail(QVL_EFORMAT, "%zu merges are more than a vocabulary can need", n_merges);
+    if (n_merges >= MAX_TOKEN_ID) return qvl__fail(QVL_EFORMAT, "%zu merges are more than a vocabulary can need", n_merges);
+    rc = pack(t, l, &a);
     if (rc == 0) rc = qvl__bpe_index(&t->bpe, n_merges);
     if (rc == 0) {
         merger m = {.bpe = &t->bpe, .alphabet = &a};
-        rc = merges ? add_merges_json(&m, merges) : add_merges_text(&m, text, n);
+        rc = merges ? add_merges_json(&m, *merges) : add_merges_text(&m, text, n);
         qvl__buf_free(&m.bytes);
     }
     return rc == 0 ? qvl__bpe_finish(&t->bpe) : rc;
@@ -321,24 +332,56 @@ static int build(qvl_tokenizer *t, const listing *l, const json_t *merges, const
 
 /* ---- the two forms of a tokenizer on disk ---- */
 
-static int from_tokenizer_json(qvl_tokenizer *t, const json_t *root) {
-    json_t *model = json_object_get(root, "model"), *merges = json_object_get(model, "merges"), *added = json_object_get(root, "added_tokens"), *v;
+/* Reads a file that is scanned in place; it must be UTF-8. */
+static int read_text(const char *path, char **text, size_t *n) {
+    int rc = qvl__read_file(path, (size_t)256 << 20, text, n);
+    if (rc < 0) return rc;
+    size_t valid = qvl__utf8_valid((const uint8_t *)*text, *n);
+    return valid == *n ? 0 : qvl__fail(QVL_EFORMAT, "%s: byte %zu: not UTF-8", path, valid);
+}
+
+/* Everything but the two large tables as a tree: text with null in their places. */
+static int parse_rest(json_t **root, const qvl__scan *all, const qvl__scan *vocab, const qvl__scan *merges) {
+    const qvl__scan *first = vocab, *second = merges;
+    if (first->at && second->at && second->at < first->at) first = merges, second = vocab;
+    const char *from = all->at;
+    qvl__buf rest = {0};
+    for (int i = 0; i < 2; i++) {
+        const qvl__scan *table = i == 0 ? first : second;
+        if (!table->at) continue;
+        qvl__buf_add(&rest, from, (size_t)(table->at - from));
+        qvl__buf_puts(&rest, "null");
+        from = table->end;
+    }
+    qvl__buf_add(&rest, from, (size_t)(all->end - from));
+    int rc = rest.failed ? QVL_ENOMEM : qvl__json_parse(root, rest.data, rest.len, "without its tables");
+    qvl__buf_free(&rest);
+    return rc;
+}
+
+static int from_tokenizer_json(qvl_tokenizer *t, char *text, size_t n) {
+    static const char *const model_key[] = {"model"}, *const table_keys[] = {"vocab", "merges"};
+    qvl__scan all = {text, text, text + n}, model, tables[2] = {{NULL, NULL, NULL}};
+    json_t *root = NULL, *added, *v;
     size_t i;
     listing l = {0};
-    int rc = check_model(model);
+    int rc = qvl__scan_members(all, model_key, &model, 1);
+    if (rc == 0 && model.at && *model.at == '{') rc = qvl__scan_members(model, table_keys, tables, 2);
+    if (rc == 0) rc = parse_rest(&root, &all, &tables[0], &tables[1]);
+    if (rc == 0) rc = check_model(json_object_get(root, "model"));
     if (rc == 0) rc = check_pipeline(t, root);
-    if (rc == 0 && !json_is_array(merges)) rc = qvl__fail(QVL_EFORMAT, "model.merges is not an array");
+    added = json_object_get(root, "added_tokens");
     if (rc == 0 && added && !json_is_array(added)) rc = qvl__fail(QVL_EFORMAT, "added_tokens is not an array");
-    if (rc == 0) rc = list_vocab(&l, json_object_get(model, "vocab"));
-    if (rc == 0) {
-        json_array_foreach(added, i, v) {
-            json_t *id = json_object_get(v, "id");
-            rc = json_is_integer(id) ? list_added(&l, v, json_integer_value(id)) : qvl__fail(QVL_EFORMAT, "added_tokens[%zu].id is not an integer", i);
-            if (rc < 0) break;
-        }
+    if (rc == 0 && (!tables[0].at || !tables[1].at)) rc = qvl__fail(QVL_EFORMAT, "model has no %s", tables[0].at ? "merges" : "vocabulary");
+    if (rc == 0) rc = list_vocab(&l, &tables[0]);
+    for (i = 0; rc == 0 && i < json_array_size(added); i++) {
+        v = json_array_get(added, i);
+        const json_t *id = json_object_get(v, "id");
+        rc = json_is_integer(id) ? list_added(&l, v, json_integer_value(id)) : qvl__fail(QVL_EFORMAT, "added_tokens[%zu].id is not an integer", i);
     }
-    if (rc == 0) rc = build(t, &l, merges, NULL, 0);
+    if (rc == 0) rc = build(t, &l, &tables[1], NULL, 0);
     qvl__free(l.entries);
+    json_decref(root);
     return rc;
 }
 
@@ -361,20 +404,26 @@ static int list_added_decoder(listing *l, json_t *config) {
 
 /* Qwen2Tokenizer without its tokenizer.json: NFC and the pattern are the class's own. */
 static int from_parts(qvl_tokenizer *t, const char *vocab_path, const char *merges_path, const char *config_path) {
-    json_t *vocab = NULL, *config = NULL;
-    char *text = NULL;
-    size_t n = 0;
+    json_t *config = NULL;
+    char *vocab = NULL, *merges = NULL;
+    size_t n_vocab = 0, n_merges = 0;
     listing l = {0};
     t->nfc = true;
-    int rc = qvl__json_file(&vocab, vocab_path);
+    int rc = read_text(vocab_path, &vocab, &n_vocab);
     if (rc == 0) rc = qvl__json_file(&config, config_path);
-    if (rc == 0) rc = qvl__read_file(merges_path, (size_t)256 << 20, &text, &n);
-    if (rc == 0 && (rc = list_vocab(&l, vocab)) < 0) qvl__context(rc, "%s", vocab_path);
+    if (rc == 0) rc = read_text(merges_path, &merges, &n_merges);
+    if (rc == 0) {
+        qvl__scan s = {vocab, vocab, vocab + n_vocab};
+        rc = list_vocab(&l, &s);
+        while (rc == 0 && s.at < s.end && strchr(" \t\r\n", *s.at)) s.at++;
+        if (rc == 0 && s.at < s.end) rc = qvl__scan_fail(&s, "something follows the object");
+        if (rc < 0) qvl__context(rc, "%s", vocab_path);
+    }
     if (rc == 0 && (rc = list_added_decoder(&l, config)) < 0) qvl__context(rc, "%s", config_path);
-    if (rc == 0 && (rc = build(t, &l, NULL, text, n)) < 0) qvl__context(rc, "%s", merges_path);
+    if (rc == 0 && (rc = build(t, &l, NULL, merges, n_merges)) < 0) qvl__context(rc, "%s", merges_path);
     qvl__free(l.entries);
-    qvl__free(text);
-    json_decref(vocab);
+    qvl__free(vocab);
+    qvl__free(merges);
     json_decref(config);
     return rc;
 }
@@ -388,10 +437,11 @@ int qvl__vocab_load(qvl_tokenizer *t, const char *dir) {
         if (path[i].failed) rc = QVL_ENOMEM;
     }
     if (rc == 0 && qvl__file_exists(path[0].data)) {
-        json_t *root;
-        rc = qvl__json_file(&root, path[0].data);
-        if (rc == 0 && (rc = from_tokenizer_json(t, root)) < 0) qvl__context(rc, "%s", path[0].data);
-        json_decref(root);
+        char *text = NULL;
+        size_t n;
+        rc = read_text(path[0].data, &text, &n);
+        if (rc == 0 && (rc = from_tokenizer_json(t, text, n)) < 0) qvl__context(rc, "%s", path[0].data);
+        qvl__free(text);
     } else if (rc == 0 && qvl__file_exists(path[1].data)) {
         rc = from_parts(t, path[1].data, path[2].data, path[3].data);
     } else if (rc == 0) {

@@ -78,6 +78,7 @@ static int decode(qvl_image *im, const uint8_t *data, size_t size, bool alpha) {
 
 int qvl__webp_decode(qvl_image **out, const uint8_t *data, size_t size, const qvl__image_limits *l) {
     *out = NULL;
+    if (size < 20) return qvl__fail(QVL_EFORMAT, "WebP is truncated: %zu bytes do not hold the header", size);
     metadata m = {0};
     int code = walk(&m, data, size, l);
     if (code < 0) return code;

@@ -54,6 +54,11 @@ typedef struct {
     int32_t *ids, *seq, *pos, *index, *table;
     int max_seqs, table_stride;
     float *host_cos, *host_sin;
+    /* mixture of experts only */
+    float *routes, *route_weight, *scale, *expert_x, *expert_y;
+    int32_t *route, *expert_index;
+    int32_t *host_route, *host_index; /* [max_rows * top_k], [max_rows] */
+    float *host_weight, *host_scale;
 } qvl__text_ws;
 int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride);
 void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m);
@@ -74,5 +79,11 @@ typedef struct {
 } qvl__batch;
 /* Runs the batch; keys and values go into kv, ws->logits gets [outs][vocab]. */
 void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b);
+
+
+/* ---- moe.c ---- */
+
+/* ws->x += the weighted sum of the chosen experts over ws->norm, for rows rows of a layer with experts. */
+void qvl__moe_forward(const qvl_model *m, qvl__text_ws *ws, const qvl__text_layer *l, int rows);
 
 #endif

@@ -21,7 +21,7 @@ static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
     PART(norm, rows * hidden);
     PART(qkv, rows * (q + 2 * kv));
     PART(attn, rows * (q > hidden ? q : hidden)); /* also the gathered output rows */
-    PART(act, rows * (size_t)c->inter);
+    PART(act, rows * (size_t)(c->inter > c->expert_inter ? c->inter : c->expert_inter));
     PART(cos, rows * half);
     PART(sin, rows * half);
     PART(ids, rows);
@@ -30,6 +30,15 @@ static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
     PART(index, rows);
     PART(table, (size_t)ws->max_seqs * (size_t)ws->table_stride);
     PART(logits, (size_t)ws->max_out * (size_t)c->vocab);
+    if (c->experts) {
+        PART(routes, rows * (size_t)c->experts);
+        PART(route, rows * (size_t)c->top_k);
+        PART(route_weight, rows * (size_t)c->top_k);
+        PART(scale, rows);
+        PART(expert_index, rows);
+        PART(expert_x, rows * hidden);
+        PART(expert_y, rows * hidden);
+    }
 #undef PART
     return at;
 }
@@ -41,7 +50,16 @@ int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max
     ws->base = m->device->alloc(m->device, ws->bytes);
     ws->host_cos = qvl__array(NULL, (size_t)max_rows * half, sizeof(float));
     ws->host_sin = qvl__array(NULL, (size_t)max_rows * half, sizeof(float));
-    if (!ws->base || !ws->host_cos || !ws->host_sin) {
+    bool ok = ws->base && ws->host_cos && ws->host_sin;
+    if (m->config.text.experts) {
+        size_t routes = (size_t)max_rows * (size_t)m->config.text.top_k;
+        ws->host_route = qvl__array(NULL, routes, sizeof(int32_t));
+        ws->host_weight = qvl__array(NULL, routes, sizeof(float));
+        ws->host_index = qvl__array(NULL, (size_t)max_rows, sizeof(int32_t));
+        ws->host_scale = qvl__array(NULL, (size_t)max_rows, sizeof(float));
+        ok = ok && ws->host_route && ws->host_weight && ws->host_index && ws->host_scale;
+    }
+    if (!ok) {
         qvl__text_ws_free(ws, m);
         return QVL_ENOMEM;
     }
@@ -53,6 +71,10 @@ void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m) {
     if (ws->base) m->device->free(m->device, ws->base, ws->bytes);
     qvl__free(ws->host_cos);
     qvl__free(ws->host_sin);
+    qvl__free(ws->host_route);
+    qvl__free(ws->host_weight);
+    qvl__free(ws->host_index);
+    qvl__free(ws->host_scale);
     *ws = (qvl__text_ws){0};
 }
 
@@ -97,8 +119,11 @@ void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const 
         d->attention_paged(d, ws->attn, ws->qkv, c->heads, kv, i, &where);
         d->matmul(d, ws->x, ws->attn, b->rows, &l->o, NULL, QVL__EPI_ADD);
         d->rms_norm(d, ws->norm, ws->x, l->post_norm, b->rows, c->hidden, c->eps);
-        d->matmul(d, ws->act, ws->norm, b->rows, &l->gate_up, NULL, QVL__EPI_SWIGLU);
-        d->matmul(d, ws->x, ws->act, b->rows, &l->down, NULL, QVL__EPI_ADD);
+        if (l->expert_gate_up) qvl__moe_forward(m, ws, l, b->rows);
+        else {
+            d->matmul(d, ws->act, ws->norm, b->rows, &l->gate_up, NULL, QVL__EPI_SWIGLU);
+            d->matmul(d, ws->x, ws->act, b->rows, &l->down, NULL, QVL__EPI_ADD);
+        }
         if (b->visual_rows && i < m->config.vision.n_deepstack) visual_rows(m, ws, b, 1 + i);
     }
     if (b->outs == 0) return;

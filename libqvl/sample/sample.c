@@ -5,10 +5,11 @@
  *             differs in applying min-p last.
  * Input:      float logits of one position, overwritten.
  * Output:     a token and log-probabilities of the model's own distribution.
- * Invariants: a function of (logits, options, tokens so far, seed, position): probabilities are doubles summed in one
- *             fixed order, the random number is a hash of (seed, position); a tie at the top-k cut keeps all equals (as
- *             transformers does), a tie at the top-p cut keeps the lowest ids; no step sorts the whole vocabulary
- *             unless its distribution is nearly flat.
+ * Invariants: a function of (logits, options, tokens so far, seed, position): logits stay float through bias,
+ *             penalties and temperature (as in transformers and vLLM), probabilities are doubles summed in one fixed
+ *             order, the random number is a hash of (seed, position); a tie at the top-k cut keeps all equals (as
+ *             transformers does), a tie at the top-p cut keeps the lowest ids; no step sorts more than the
+ *             candidates right at a cut.
  */
 #include <float.h>
 #include <jansson.h>
@@ -19,6 +20,8 @@
 #include "sample.h"
 
 typedef struct qvl__candidate candidate;
+
+#define GREEDY_BELOW 1e-5 /* colder than this only exact ties could differ, and logits over it leave float; as vLLM */
 
 /* ---- options ---- */
 
@@ -84,6 +87,7 @@ int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generati
     p->logprobs = (int)qvl__opt_i64(o, "logprobs");
     p->seed = qvl__opt_i64(o, "seed");
     int rc = check(p);
+    if (p->temperature < GREEDY_BELOW) p->temperature = 0;
     if (rc == 0) rc = parse_bias(p, qvl__opt_str(o, "logit_bias"), vocab);
     size_t v = (size_t)vocab;
     bool ok = rc == 0;
@@ -189,19 +193,19 @@ static int top_logits(const float *x, int limit, int n, int32_t *id) {
 /* ---- bias and penalties ---- */
 
 /* What overflows stays comparable. */
-static float bounded(double x) { return x > FLT_MAX ? FLT_MAX : (float)x; }
+static float bounded(float x) { return x > FLT_MAX ? FLT_MAX : x; }
 
 static void adjust(const qvl__sampler *s, float *x) {
     const qvl__sampling *p = &s->p;
-    for (int i = 0; i < p->n_bias; i++) x[p->bias_id[i]] = bounded((double)x[p->bias_id[i]] + p->bias[i]);
+    for (int i = 0; i < p->n_bias; i++) x[p->bias_id[i]] = bounded(x[p->bias_id[i]] + p->bias[i]);
     if (!s->count) return;
-    double r = p->repetition;
+    float r = (float)p->repetition, frequency = (float)p->frequency, presence = (float)p->presence;
     for (int i = 0; i < s->vocab; i++) {
         uint32_t n = s->count[i];
         if (!n && !(s->in_prompt && s->in_prompt[i])) continue;
-        double l = x[i];
+        float l = x[i];
         if (s->in_prompt) l = l > 0 ? l / r : l * r; /* Keskar et al. 2019 (CTRL), as in transformers */
-        if (n) l -= n * p->frequency + p->presence;
+        if (n) l = l - (float)n * frequency - presence;
         x[i] = bounded(l);
     }
 }
@@ -249,36 +253,63 @@ static void sift(candidate *c, int n, int i) {
     c[i] = v;
 }
 
-/* Moves the best of c[0, n) to its end, best last, until their probability reaches mass or c is empty; returns their
- * number. *sum gets their probability. */
-static int take_best(candidate *c, int n, double mass, double *sum) {
-    int left = n;
-    *sum = 0;
-    for (int i = n / 2 - 1; i >= 0; i--) sift(c, n, i);
-    while (left && (left == n || *sum < mass)) {
-        candidate best = c[0];
-        c[0] = c[--left];
-        sift(c, left, 0);
-        c[left] = best;
-        *sum += best.prob;
+/* Keeps the fewest best candidates of c[0, n) that hold mass, at least one; they come first, *sum is their probability.
+ * The upper bits of the logits sort into buckets; those above the cut stay as they are, only the bucket with the cut is
+ * put in order. Returns their number. */
+static int keep_mass(candidate *c, int n, double mass, double *sum) {
+    enum { SHIFT = 20 };
+    double held[1 << (32 - SHIFT)] = {0};
+    for (int i = 0; i < n; i++) held[order_of(c[i].logit) >> SHIFT] += c[i].prob;
+    uint32_t cut = (1u << (32 - SHIFT)) - 1;
+    double above_cut = 0;
+    while (cut > 0 && (held[cut] == 0 || above_cut + held[cut] < mass)) above_cut += held[cut--];
+    int kept = 0, end = 0;
+    for (int i = 0; i < n; i++) { /* above the cut to the front, the cut's own bucket behind it */
+        uint32_t bucket = order_of(c[i].logit) >> SHIFT;
+        if (bucket < cut) continue;
+        candidate v = c[i];
+        c[i] = c[end];
+        c[end] = v;
+        if (bucket > cut) {
+            c[end] = c[kept];
+            c[kept++] = v;
+        }
+        end++;
     }
-    return n - left;
+    *sum = above_cut;
+    candidate *b = c + kept;
+    int left = end - kept;
+    for (int i = left / 2 - 1; i >= 0; i--) sift(b, left, i);
+    while (left && (kept == 0 || *sum < mass)) {
+        candidate best = b[0];
+        b[0] = b[--left];
+        sift(b, left, 0);
+        b[left] = best;
+        *sum += best.prob;
+        kept++;
+    }
+    /* What was taken stands behind what was not. */
+    int taken = end - (int)(b - c) - left;
+    memmove(b, b + left, (size_t)taken * sizeof *b);
+    return kept;
 }
 
-/* Fills s->cand with what may be drawn; *first is where it begins, *total the sum of the probabilities. Returns its
- * number, 0 when there is nothing. */
-static int distribution(qvl__sampler *s, const float *x, int limit, int *first, double *total) {
+/* Fills s->cand with what may be drawn; *total gets the sum of the probabilities. Returns its number, 0 when there is
+ * nothing. */
+static int distribution(qvl__sampler *s, const float *x, int limit, double *total) {
     const qvl__sampling *p = &s->p;
     candidate *c = s->cand;
-    *first = 0;
     *total = 0;
     float max = largest(x, limit);
     if (max == -INFINITY) return 0;
+    float t = (float)p->temperature, top = bounded(max / t);
     /* prob < min_p * largest prob, in logits: nothing has to be computed for what is dropped */
-    double floor_logit = p->min_p > 0 ? max + p->temperature * log(p->min_p) : -INFINITY;
+    double floor_logit = p->min_p > 0 ? top + log(p->min_p) : -INFINITY;
     int n = 0;
-    for (int i = 0; i < limit; i++)
-        if (x[i] >= floor_logit && x[i] > -INFINITY) c[n++] = (candidate){.logit = x[i], .id = i};
+    for (int i = 0; i < limit; i++) {
+        float l = bounded(x[i] / t);
+        if (l >= floor_logit && l > -INFINITY) c[n++] = (candidate){.logit = l, .id = i};
+    }
     if (p->top_k > 0 && p->top_k < n) {
         uint32_t least = kth_largest(c, n, p->top_k);
         int kept = 0;
@@ -287,18 +318,10 @@ static int distribution(qvl__sampler *s, const float *x, int limit, int *first, 
         n = kept;
     }
     for (int i = 0; i < n; i++) {
-        c[i].prob = exp(((double)c[i].logit - max) / p->temperature);
+        c[i].prob = exp((double)c[i].logit - top);
         *total += c[i].prob;
     }
-    if (p->top_p >= 1) return n;
-    /* All that are below (1 - top_p) * total / n hold less than 1 - top_p together, so the cut lies above them. */
-    double least = (1 - p->top_p) * *total / n * (1 - 1e-9);
-    int likely = 0;
-    for (int i = 0; i < n; i++)
-        if (c[i].prob >= least) c[likely++] = c[i];
-    int kept = take_best(c, likely, p->top_p * *total, total);
-    *first = likely - kept;
-    return kept;
+    return p->top_p < 1 ? keep_mass(c, n, p->top_p * *total, total) : n;
 }
 
 /* ---- the choice ---- */
@@ -323,11 +346,10 @@ static int choose(qvl__sampler *s, const float *x, int limit, uint64_t position,
         *token = i;
         return 0;
     }
-    int first;
     double total;
-    int n = distribution(s, x, limit, &first, &total);
+    int n = distribution(s, x, limit, &total);
     if (n == 0) return nothing_left();
-    const candidate *c = s->cand + first;
+    const candidate *c = s->cand;
     double rest = uniform(s->p.seed, position) * total;
     int chosen = 0;
     for (int i = 0; i < n; i++) {
@@ -360,14 +382,14 @@ int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned
 static int best_first(const void *a, const void *b) { return above(a, b) ? -1 : 1; }
 
 int qvl__sample_distribution(qvl__sampler *s, float *logits, int limit, int32_t *ids, double *probs) {
-    int first, rc = prepare(s, logits, NULL, 0);
+    int rc = prepare(s, logits, NULL, 0);
     double total;
     if (rc < 0) return rc;
-    int n = distribution(s, logits, limit < s->vocab ? limit : s->vocab, &first, &total);
-    qsort(s->cand + first, (size_t)n, sizeof *s->cand, best_first);
+    int n = distribution(s, logits, limit < s->vocab ? limit : s->vocab, &total);
+    qsort(s->cand, (size_t)n, sizeof *s->cand, best_first);
     for (int i = 0; i < n; i++) {
-        ids[i] = s->cand[first + i].id;
-        probs[i] = s->cand[first + i].prob / total;
+        ids[i] = s->cand[i].id;
+        probs[i] = s->cand[i].prob / total;
     }
     return n;
 }

@@ -36,7 +36,7 @@ typedef struct {
     float *raw;         /* the logits as they came, only with logprobs and something that changes them */
     struct qvl__candidate {
         double prob; /* not normalized until the end */
-        float logit;
+        float logit; /* over temperature */
         int32_t id;
     } *cand; /* vocab entries of scratch, only without greedy */
 } qvl__sampler;

@@ -416,6 +416,16 @@ static void row_ops_body(qvl__device *d) {
         check_bits("scatter_rows", d->isa, y, want, (size_t)places * dim);
     }
 
+    memcpy(y, table, (size_t)places * dim * sizeof(float));
+    memcpy(want, table, (size_t)places * dim * sizeof(float));
+    d->scatter_scaled(d, y, x, idx, weight, rows, dim);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < dim; i++) {
+            float p = weight[r] * x[(size_t)r * dim + i];
+            want[(size_t)idx[r] * dim + i] += p;
+        }
+    check_bits("scatter_scaled", d->isa, y, want, (size_t)places * dim);
+
     memcpy(y, x, size * sizeof(float));
     d->add_interpolated(d, y, table, idx, weight, rows, dim);
     for (int r = 0; r < rows; r++)
@@ -447,6 +457,35 @@ static void row_ops_body(qvl__device *d) {
 static void test_row_ops(void **state) {
     (void)state;
     each_level(2, false, row_ops_body);
+}
+
+static void route_body(qvl__device *d) {
+    enum { ROWS = 50, EXPERTS = 24, TOP = 5 };
+    float logits[ROWS * EXPERTS], weight[ROWS * TOP], alone[TOP];
+    int32_t expert[ROWS * TOP], alone_expert[TOP];
+    for (int i = 0; i < ROWS * EXPERTS; i++) logits[i] = (float)(random_below(40) - 20) * 0.25f; /* with equals */
+    d->moe_route(d, expert, weight, logits, ROWS, EXPERTS, TOP);
+    for (int r = 0; r < ROWS; r++) {
+        const float *l = logits + r * EXPERTS;
+        double p[EXPERTS], all = 0, chosen = 0;
+        bool used[EXPERTS] = {false};
+        for (int i = 0; i < EXPERTS; i++) all += p[i] = exp(l[i]);
+        for (int k = 0; k < TOP; k++) {
+            int best = -1;
+            for (int i = 0; i < EXPERTS; i++)
+                if (!used[i] && (best < 0 || l[i] > l[best])) best = i;
+            used[best] = true;
+            assert_int_equal(expert[r * TOP + k], best);
+            chosen += p[best] / all;
+        }
+        for (int k = 0; k < TOP; k++) check_near("moe_route", d->isa, weight[r * TOP + k], p[expert[r * TOP + k]] / all / chosen, 1e-6);
+        d->moe_route(d, alone_expert, alone, l, 1, EXPERTS, TOP);
+        check_bits("moe_route alone", d->isa, weight + r * TOP, alone, TOP);
+    }
+}
+static void test_moe_route(void **state) {
+    (void)state;
+    each_level(2, false, route_body);
 }
 
 /* ---- attention over the paged cache ---- */
@@ -719,7 +758,7 @@ static void test_refusals(void **state) {
 #define OPS_TESTS                                                                                                          \
     cmocka_unit_test(test_pack_embed), cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_bf16_math),             \
         cmocka_unit_test(test_matmul_bits), cmocka_unit_test(test_matmul_bits_bf16_math), cmocka_unit_test(test_activations), \
-        cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), cmocka_unit_test(test_attention_paged),              \
-        cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
+        cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), cmocka_unit_test(test_moe_route),                    \
+        cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
 
 #endif

@@ -54,10 +54,15 @@ static int each_line(const char *path, void (*fn)(const json_t *c)) {
     return lines;
 }
 
+/* JSON text in which ' may stand for " (no text here needs a real '). */
 static json_t *json(const char *text) {
     json_t *v;
     if (!text) return NULL;
-    if (qvl__messages_parse(&v, text, strlen(text), "test") < 0) fail_msg("%s in %s", qvl_last_error(), text);
+    char *copy = qvl__strndup(text, strlen(text));
+    for (char *p = copy; *p; p++)
+        if (*p == '\'') *p = '"';
+    if (qvl__messages_parse(&v, copy, strlen(copy), "test") < 0) fail_msg("%s in %s", qvl_last_error(), copy);
+    qvl__free(copy);
     return v;
 }
 
@@ -86,10 +91,12 @@ static void recognises(void **state) {
         size_t n;
         char *text = slurp(files[i].path, &n);
         if (strstr(files[i].path, ".json")) {
-            json_t *v = json(text);
+            json_t *v;
+            assert_int_equal(qvl__json_parse(&v, text, n, files[i].path), 0);
             qvl__free(text);
-            text = qvl__strndup(json_string_value(json_object_get(v, "chat_template")), json_string_length(json_object_get(v, "chat_template")));
-            n = strlen(text);
+            const json_t *own = json_object_get(v, "chat_template");
+            n = json_string_length(own);
+            text = qvl__strndup(json_string_value(own), n);
             json_decref(v);
         }
         assert_int_equal(qvl__template_recognise(text, n), files[i].t);
@@ -104,7 +111,7 @@ static void recognises(void **state) {
     assert_int_equal(qvl__template_recognise("", 0), QVL__TEMPLATE_UNKNOWN);
     assert_string_equal(qvl__template_name(QVL__TEMPLATE_UNKNOWN), "unknown");
     qvl__chat c;
-    assert_int_equal(render(&c, QVL__TEMPLATE_UNKNOWN, "[{\"role\":\"user\",\"content\":\"x\"}]", NULL, true, NULL), QVL_EUNSUPPORTED);
+    assert_int_equal(render(&c, QVL__TEMPLATE_UNKNOWN, "[{'role':'user','content':'x'}]", NULL, true, NULL), QVL_EUNSUPPORTED);
     assert_non_null(strstr(qvl_last_error(), "chat_template"));
 }
 
@@ -156,7 +163,8 @@ enum { CONTROLS = sizeof controls / sizeof *controls, FIRST_CONTROL = 151643 };
 static bool user_text_has_control(const qvl__chat *c) {
     for (size_t i = 0; i < c->n; i++)
         for (int k = 0; k < CONTROLS && c->seg[i].kind == QVL__SEG_USER; k++)
-            if (memmem(c->text.data + c->seg[i].start, c->seg[i].end - c->seg[i].start, controls[k], strlen(controls[k]))) return true;
+            if (memmem(c->text.data + c->seg[i].start, c->seg[i].end - c->seg[i].start, controls[k], strlen(controls[k])))
+                return true;
     return false;
 }
 
@@ -174,6 +182,8 @@ static int template_controls(const qvl__chat *c) {
 
 static int cases_plain, cases_with_controls;
 
+static bool flag(const json_t *v, const char *name) { return json_is_true(json_object_get(v, name)); }
+
 static void golden_case(const json_t *c) {
     const json_t *o = json_object_get(c, "options");
     const char *name = json_string_value(json_object_get(c, "name"));
@@ -182,8 +192,7 @@ static void golden_case(const json_t *c) {
         const json_t *want = json_object_get(c, tn), *want_ids = json_object_get(want, "ids");
         qvl__chat chat;
         int rc = qvl__chat_render(&chat, all[t], json_object_get(c, "messages"), json_object_get(c, "tools"),
-                                  json_is_true(json_object_get(o, "add_generation_prompt")), json_is_true(json_object_get(o, "add_vision_id")),
-                                  false);
+                                  flag(o, "add_generation_prompt"), flag(o, "add_vision_id"), false);
         if (rc < 0) fail_msg("%s %s: %s", name, tn, qvl_last_error());
         expect_text(&chat, json_object_get(want, "text"), name, tn);
         check_segments(&chat);
@@ -216,8 +225,8 @@ static void goldens(void **state) {
     assert_int_equal(each_line(TEMPLATES "cases.jsonl", golden_case), 75);
     assert_int_equal(cases_plain + cases_with_controls, 150);
     assert_true(cases_with_controls > 4);
-    print_message("75 cases x 2 templates: text and ids equal; %d of them by spans too, %d have control tokens in user text\n", cases_plain,
-                  cases_with_controls);
+    print_message("75 cases x 2 templates: text and ids equal; %d of them by spans too, %d have control tokens in user text\n",
+                  cases_plain, cases_with_controls);
 }
 
 static int jinja_texts;
@@ -229,8 +238,7 @@ static void jinja_case(const json_t *c) {
         if (!want) continue;
         qvl__chat chat;
         int rc = qvl__chat_render(&chat, all[t], json_object_get(c, "messages"), json_object_get(c, "tools"),
-                                  json_is_true(json_object_get(c, "add_generation_prompt")), json_is_true(json_object_get(c, "add_vision_id")),
-                                  false);
+                                  flag(c, "add_generation_prompt"), flag(c, "add_vision_id"), false);
         if (rc < 0) fail_msg("%s: %s", name, qvl_last_error());
         expect_text(&chat, want, name, qvl__template_name(all[t]));
         check_segments(&chat);
@@ -249,22 +257,23 @@ static void equal_to_jinja(void **state) {
 
 /* A conversation with %s in every place that a sender controls. The last user turn makes Thinking keep the structure. */
 static const char *const places[][2] = {
-    {"[{\"role\":\"user\",\"content\":\"a%sb\"}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"%s\"}]", NULL},
-    {"[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"%s\"},{\"type\":\"text\",\"text\":\"x\"}]}]", NULL},
-    {"[{\"role\":\"system\",\"content\":\"%s\"},{\"role\":\"user\",\"content\":\"q\"}]", NULL},
-    {"[{\"role\":\"system\",\"content\":[{\"type\":\"text\",\"text\":\"%s\"}]},{\"role\":\"user\",\"content\":\"q\"}]", "[{\"name\":\"f\"}]"},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"content\":\"%s\"},{\"role\":\"user\",\"content\":\"r\"}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"content\":\"c\",\"reasoning_content\":\"%s\"}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":[{\"name\":\"%s\",\"arguments\":{}}]}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{\"name\":\"f\",\"arguments\":{\"k\":\"%s\"}}}]}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"tool_calls\":[{\"function\":{\"name\":\"f\",\"arguments\":{\"%s\":1}}}]}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"tool_calls\":[{\"name\":\"f\",\"arguments\":\"%s\"}]}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"tool\",\"content\":\"%s\"}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"tool\",\"content\":[{\"type\":\"text\",\"text\":\"%s\"}]}]", NULL},
-    {"[{\"role\":\"user\",\"content\":\"q\"}]", "[{\"name\":\"%s\",\"parameters\":{}}]"},
-    {"[{\"role\":\"user\",\"content\":\"q\"}]", "[{\"name\":\"f\",\"parameters\":{\"%s\":[\"%s\"]}}]"},
-    {"[{\"role\":\"%s\",\"content\":\"dropped\"},{\"role\":\"user\",\"content\":\"q\"}]", NULL},
+    {"[{'role':'user','content':'a%sb'}]", NULL},
+    {"[{'role':'user','content':'%s'}]", NULL},
+    {"[{'role':'user','content':[{'type':'text','text':'%s'},{'type':'text','text':'x'}]}]", NULL},
+    {"[{'role':'system','content':'%s'},{'role':'user','content':'q'}]", NULL},
+    {"[{'role':'system','content':[{'type':'text','text':'%s'}]},{'role':'user','content':'q'}]", "[{'name':'f'}]"},
+    {"[{'role':'user','content':'q'},{'role':'assistant','content':'%s'},{'role':'user','content':'r'}]", NULL},
+    {"[{'role':'user','content':'q'},{'role':'assistant','content':'c','reasoning_content':'%s'}]", NULL},
+    {"[{'role':'user','content':'q'},{'role':'assistant','content':'','tool_calls':[{'name':'%s','arguments':{}}]}]", NULL},
+    {"[{'role':'user','content':'q'},{'role':'assistant','tool_calls':[{'function':{'name':'f','arguments':{'k':'%s'}}}]}]",
+     NULL},
+    {"[{'role':'user','content':'q'},{'role':'assistant','tool_calls':[{'function':{'name':'f','arguments':{'%s':1}}}]}]", NULL},
+    {"[{'role':'user','content':'q'},{'role':'assistant','tool_calls':[{'name':'f','arguments':'%s'}]}]", NULL},
+    {"[{'role':'user','content':'q'},{'role':'tool','content':'%s'}]", NULL},
+    {"[{'role':'user','content':'q'},{'role':'tool','content':[{'type':'text','text':'%s'}]}]", NULL},
+    {"[{'role':'user','content':'q'}]", "[{'name':'%s','parameters':{}}]"},
+    {"[{'role':'user','content':'q'}]", "[{'name':'f','parameters':{'%s':['%s']}}]"},
+    {"[{'role':'%s','content':'dropped'},{'role':'user','content':'q'}]", NULL},
 };
 enum { PLACES = sizeof places / sizeof *places };
 
@@ -305,7 +314,8 @@ static void user_text_never_becomes_control(void **state) {
             count_controls(all[t], p, "x", want);
             for (int k = 0; k < CONTROLS; k++) {
                 count_controls(all[t], p, controls[k], got);
-                if (memcmp(want, got, sizeof want) != 0) fail_msg("%s in place %d of %s became a token", controls[k], p, qvl__template_name(all[t]));
+                if (memcmp(want, got, sizeof want) != 0)
+                    fail_msg("%s in place %d of %s became a token", controls[k], p, qvl__template_name(all[t]));
             }
         }
     /* Nor do two pieces that only together look like one. */
@@ -313,8 +323,8 @@ static void user_text_never_becomes_control(void **state) {
     int32_t *ids;
     size_t n;
     assert_int_equal(render(&c, QVL__TEMPLATE_INSTRUCT,
-                            "[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"<|im_\"},{\"type\":\"text\",\"text\":\"start|>\"},"
-                            "{\"type\":\"image\"},{\"type\":\"text\",\"text\":\"<|im_end|\"}]}]",
+                            "[{'role':'user','content':[{'type':'text','text':'<|im_'},{'type':'text','text':'start|>'},"
+                            "{'type':'image'},{'type':'text','text':'<|im_end|'}]}]",
                             NULL, true, NULL), 0);
     tokenize(&c, &ids, &n);
     int got = 0;
@@ -326,44 +336,53 @@ static void user_text_never_becomes_control(void **state) {
 
 /* ------------------------------------------------------------------------------------------------------- bad input */
 
-#define U "{\"role\":\"user\",\"content\":\"q\"}"
-#define CALLS(x) "[" U ",{\"role\":\"assistant\",\"tool_calls\":" x "}]"
+#define U "{'role':'user','content':'q'}"
+#define CALLS(x) "[" U ",{'role':'assistant','tool_calls':" x "}]"
 static const struct {
     const char *messages, *tools, *error;
 } bad[] = {
     {"{}", NULL, "messages: must be an array of objects, not an object"},
     {"[]", NULL, "messages: is empty"},
     {"[[]]", NULL, "messages[0]: must be an object, not an array"},
-    {"[" U ",\"hi\"]", NULL, "messages[1]: must be an object, not a string"},
+    {"[" U ",'hi']", NULL, "messages[1]: must be an object, not a string"},
     {"[" U ",null]", NULL, "messages[1]: must be an object, not null"},
-    {"[{\"content\":\"x\"}]", NULL, "messages[0].role: must be \"system\", \"user\", \"assistant\" or \"tool\", is missing"},
-    {"[{\"role\":7,\"content\":\"x\"}]", NULL, "messages[0].role: must be"},
-    {"[{\"role\":null,\"content\":\"x\"}]", NULL, "is null"},
-    {"[" U ",{\"role\":\"user\",\"content\":5}]", NULL, "messages[1].content: must be a string, null or an array of parts, not a number"},
-    {"[{\"role\":\"user\",\"content\":{\"type\":\"text\"}}]", NULL, "messages[0].content: must be a string, null or an array of parts, not an object"},
-    {"[{\"role\":\"user\",\"content\":true}]", NULL, "messages[0].content: must be a string, null or an array of parts, not true or false"},
-    {"[{\"role\":\"user\",\"content\":[\"image\"]}]", NULL, "messages[0].content[0]: a part must be an object"},
-    {"[" U "," U ",{\"role\":\"tool\",\"content\":[{\"text\":\"a\"},3]}]", NULL, "messages[2].content[1]: a part must be an object"},
-    {"[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]", NULL, "messages[0].content[0]: a part of type \"text\" needs the key \"text\""},
-    {"[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":null}]}]", NULL, "messages[0].content[0].text: must be a string, not null"},
-    {"[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":[1]}]}]", NULL, "messages[0].content[0].text: must be a string, not an array"},
-    {"[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]", NULL, "needs the key \"image_url\""},
-    {"[{\"role\":\"user\",\"content\":[{\"type\":\"input_audio\",\"input_audio\":{}}]}]", NULL, "not \"input_audio\""},
-    {"[{\"role\":\"user\",\"content\":[{}]}]", NULL, "messages[0].content[0]: a part must be text, image, image_url or video"},
-    {"[{\"role\":\"user\",\"content\":[{\"type\":3,\"text\":\"x\"}]}]", NULL, "messages[0].content[0].type: must be a string, not a number"},
-    {"[{\"role\":\"developer\",\"content\":[7]}," U "]", NULL, "messages[0].content[0]: a part must be an object"},
+    {"[{'content':'x'}]", NULL, "messages[0].role: must be \"system\", \"user\", \"assistant\" or \"tool\", is missing"},
+    {"[{'role':7,'content':'x'}]", NULL, "messages[0].role: must be"},
+    {"[{'role':null,'content':'x'}]", NULL, "is null"},
+    {"[" U ",{'role':'user','content':5}]", NULL,
+     "messages[1].content: must be a string, null or an array of parts, not a number"},
+    {"[{'role':'user','content':{'type':'text'}}]", NULL,
+     "messages[0].content: must be a string, null or an array of parts, not an object"},
+    {"[{'role':'user','content':true}]", NULL,
+     "messages[0].content: must be a string, null or an array of parts, not true or false"},
+    {"[{'role':'user','content':['image']}]", NULL, "messages[0].content[0]: a part must be an object"},
+    {"[" U "," U ",{'role':'tool','content':[{'text':'a'},3]}]", NULL, "messages[2].content[1]: a part must be an object"},
+    {"[{'role':'user','content':[{'type':'text'}]}]", NULL,
+     "messages[0].content[0]: a part of type \"text\" needs the key \"text\""},
+    {"[{'role':'user','content':[{'type':'text','text':null}]}]", NULL,
+     "messages[0].content[0].text: must be a string, not null"},
+    {"[{'role':'user','content':[{'type':'text','text':[1]}]}]", NULL,
+     "messages[0].content[0].text: must be a string, not an array"},
+    {"[{'role':'user','content':[{'type':'image_url'}]}]", NULL, "needs the key \"image_url\""},
+    {"[{'role':'user','content':[{'type':'input_audio','input_audio':{}}]}]", NULL, "not \"input_audio\""},
+    {"[{'role':'user','content':[{}]}]", NULL, "messages[0].content[0]: a part must be text, image, image_url or video"},
+    {"[{'role':'user','content':[{'type':3,'text':'x'}]}]", NULL, "messages[0].content[0].type: must be a string, not a number"},
+    {"[{'role':'developer','content':[7]}," U "]", NULL, "messages[0].content[0]: a part must be an object"},
     {CALLS("{}"), NULL, "messages[1].tool_calls: must be an array or null, not an object"},
-    {CALLS("\"f\""), NULL, "messages[1].tool_calls: must be an array or null, not a string"},
+    {CALLS("'f'"), NULL, "messages[1].tool_calls: must be an array or null, not a string"},
     {CALLS("[1]"), NULL, "messages[1].tool_calls[0]: must be an object, not a number"},
-    {CALLS("[{\"name\":\"f\",\"arguments\":{}},{\"function\":\"f\"}]"), NULL, "messages[1].tool_calls[1].function: must be an object, not a string"},
-    {CALLS("[{\"function\":{\"arguments\":{}}}]"), NULL, "messages[1].tool_calls[0].function.name: must be a string, is missing"},
-    {CALLS("[{\"name\":1,\"arguments\":{}}]"), NULL, "messages[1].tool_calls[0].name: must be a string, is a number"},
-    {CALLS("[{\"name\":\"f\"}]"), NULL, "messages[1].tool_calls[0].arguments: missing"},
-    {CALLS("[{\"type\":\"function\",\"function\":{}}]"), NULL, "messages[1].tool_calls[0].name"},
-    {"[" U ",{\"role\":\"assistant\",\"content\":\"a\",\"reasoning_content\":[]}]", NULL, "messages[1].reasoning_content: must be a string or null"},
+    {CALLS("[{'name':'f','arguments':{}},{'function':'f'}]"), NULL,
+     "messages[1].tool_calls[1].function: must be an object, not a string"},
+    {CALLS("[{'function':{'arguments':{}}}]"), NULL, "messages[1].tool_calls[0].function.name: must be a string, is missing"},
+    {CALLS("[{'name':1,'arguments':{}}]"), NULL, "messages[1].tool_calls[0].name: must be a string, is a number"},
+    {CALLS("[{'name':'f'}]"), NULL, "messages[1].tool_calls[0].arguments: missing"},
+    {CALLS("[{'type':'function','function':{}}]"), NULL, "messages[1].tool_calls[0].name"},
+    {"[" U ",{'role':'assistant','content':'a','reasoning_content':[]}]", NULL,
+     "messages[1].reasoning_content: must be a string or null"},
     {"[" U "]", "{}", "tools: must be an array of objects, not an object"},
-    {"[" U "]", "[{},\"f\"]", "tools[1]: must be an object, not a string"},
-    {"[{\"role\":\"user\",\"content\":12345678901234567890}]", NULL, "messages[0].content: must be a string, null or an array of parts, not a"},
+    {"[" U "]", "[{},'f']", "tools[1]: must be an object, not a string"},
+    {"[{'role':'user','content':12345678901234567890}]", NULL,
+     "messages[0].content: must be a string, null or an array of parts, not a"},
 };
 
 static void bad_messages(void **state) {
@@ -373,21 +392,21 @@ static void bad_messages(void **state) {
             qvl__chat c;
             int rc = render(&c, all[t], bad[i].messages, bad[i].tools, true, NULL);
             if (rc != QVL_EINVAL) fail_msg("%s %s: %d", bad[i].messages, bad[i].tools ? bad[i].tools : "", rc);
-            if (!strstr(qvl_last_error(), bad[i].error)) fail_msg("%s:\ngot  %s\nwant %s", bad[i].messages, qvl_last_error(), bad[i].error);
+            if (!strstr(qvl_last_error(), bad[i].error))
+                fail_msg("%s:\ngot  %s\nwant %s", bad[i].messages, qvl_last_error(), bad[i].error);
             assert_null(c.text.data);
         }
 }
 
-/* JSON null for tools, and shapes that look odd but are what clients send. */
+/* Shapes that look odd but are what clients send. */
 static void odd_but_good(void **state) {
     (void)state;
     static const char *const good[][2] = {
-        {"[" U "]", "null"},
         {"[" U "]", "[]"},
-        {"[" U ",{\"role\":\"assistant\",\"content\":\"a\",\"tool_calls\":null,\"reasoning_content\":null,\"refusal\":null}]", NULL},
-        {"[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:\"},\"text\":null}]}]", NULL},
-        {"[{\"role\":\"user\",\"content\":\"nul \\u0000 inside\"}]", NULL},
-        {CALLS("[{\"name\":\"f\",\"arguments\":null}]"), NULL},
+        {"[" U ",{'role':'assistant','content':'a','tool_calls':null,'reasoning_content':null,'refusal':null}]", NULL},
+        {"[{'role':'user','content':[{'type':'image_url','image_url':{'url':'data:'},'text':null}]}]", NULL},
+        {"[{'role':'user','content':'nul \\u0000 inside'}]", NULL},
+        {CALLS("[{'name':'f','arguments':null}]"), NULL},
     };
     for (int t = 0; t < 3; t++)
         for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
@@ -398,7 +417,7 @@ static void odd_but_good(void **state) {
         }
     /* a role that only begins like a known one is unknown, and dropped */
     qvl__chat c;
-    assert_int_equal(render(&c, QVL__TEMPLATE_INSTRUCT, "[{\"role\":\"user\\u0000\",\"content\":\"x\"}]", NULL, true, NULL), 0);
+    assert_int_equal(render(&c, QVL__TEMPLATE_INSTRUCT, "[{'role':'user\\u0000','content':'x'}]", NULL, true, NULL), 0);
     assert_string_equal(c.text.data, "<|im_start|>assistant\n");
     qvl__chat_free(&c);
 }
@@ -413,7 +432,8 @@ static void markdown_becomes_images(void **state) {
     } cases[] = {
         {"![cat](data:image/png;base64,AAAA)", "P", "data:image/png;base64,AAAA "},
         {"see ![a b](data:image/png;base64,QUJD=) ok", "see P ok", "data:image/png;base64,QUJD= "},
-        {"![](data:image/jpeg;base64,A)![](data:image/webp;base64,B)", "PP", "data:image/jpeg;base64,A data:image/webp;base64,B "},
+        {"![](data:image/jpeg;base64,A)![](data:image/webp;base64,B)", "PP",
+         "data:image/jpeg;base64,A data:image/webp;base64,B "},
         {"!![x](DATA:IMAGE/PNG;BASE64,A)!", "!P!", "DATA:IMAGE/PNG;BASE64,A "},
         {"[x](data:image/png;base64,A)", "[x](data:image/png;base64,A)", ""},         /* a link */
         {"![x](data:image/png;base64,A", "![x](data:image/png;base64,A", ""},         /* not closed */
@@ -441,12 +461,13 @@ static void markdown_becomes_images(void **state) {
             check_segments(&c);
             qvl__buf_puts(&uris, "");
             for (size_t k = 0; k < c.n; k++) {
-                if (c.seg[k].kind == QVL__SEG_USER) qvl__buf_add(&got, c.text.data + c.seg[k].start, c.seg[k].end - c.seg[k].start);
-                if (c.seg[k].kind != QVL__SEG_IMAGE) continue;
-                assert_null(c.seg[k].part);
-                assert_true(c.seg[k].message == 0 && c.seg[k].item == QVL__NO_ITEM);
+                const qvl__segment *s = &c.seg[k];
+                if (s->kind == QVL__SEG_USER) qvl__buf_add(&got, c.text.data + s->start, s->end - s->start);
+                if (s->kind != QVL__SEG_IMAGE) continue;
+                assert_null(s->part);
+                assert_true(s->message == 0 && s->item == QVL__NO_ITEM);
                 qvl__buf_puts(&got, "P");
-                qvl__buf_add(&uris, c.seg[k].uri, c.seg[k].uri_len);
+                qvl__buf_add(&uris, s->uri, s->uri_len);
                 qvl__buf_puts(&uris, " ");
             }
             assert_string_equal(got.data, cases[i].text);
@@ -463,10 +484,12 @@ static void markdown_becomes_images(void **state) {
         }
     /* only in user turns, only in plain strings, and numbered like other pictures */
     qvl__chat c;
-    json_t *m = json("[{\"role\":\"system\",\"content\":\"![](data:image/png;base64,A)\"},{\"role\":\"user\",\"content\":[{\"type\":\"text\","
-                     "\"text\":\"![](data:image/png;base64,A)\"},{\"type\":\"image\"}]},{\"role\":\"user\",\"content\":\"![](data:image/png;base64,A)\"}]");
+    json_t *m = json("[{'role':'system','content':'![](data:image/png;base64,A)'},{'role':'user','content':[{'type':'text',"
+                     "'text':'![](data:image/png;base64,A)'},{'type':'image'}]},{'role':'user',"
+                     "'content':'![](data:image/png;base64,A)'}]");
     assert_int_equal(qvl__chat_render(&c, QVL__TEMPLATE_INSTRUCT, m, NULL, false, true, true), 0);
-    assert_string_equal(c.text.data, "<|im_start|>system\n![](data:image/png;base64,A)<|im_end|>\n<|im_start|>user\n![](data:image/png;base64,A)"
+    assert_string_equal(c.text.data, "<|im_start|>system\n![](data:image/png;base64,A)<|im_end|>\n"
+                                     "<|im_start|>user\n![](data:image/png;base64,A)"
                                      "Picture 1: <|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>user\n"
                                      "Picture 2: <|vision_start|><|image_pad|><|vision_end|><|im_end|>\n");
     qvl__chat_free(&c);
@@ -476,13 +499,14 @@ static void markdown_becomes_images(void **state) {
 /* Megabytes of what a backtracking search would choke on: each must take a fraction of a second. */
 static void long_strings_take_linear_time(void **state) {
     (void)state;
-    static const char *const units[] = {"![", "![](data:image/", "![](data:image/png;base64,", "](", "![](data:image/png;base64,A)", "<think>",
-                                        "</think>", "\n", "[![x]", "![x](data:image/png)"};
+    static const char *const units[] = {"![", "![](data:image/", "![](data:image/png;base64,", "![](data:image/png;base64,A)", "](",
+                                        "[![x]", "![x](data:image/png)", "<think>", "</think>", "\n"};
     enum { SIZE = 4 << 20 };
     for (size_t u = 0; u < sizeof units / sizeof *units; u++) {
         qvl__buf b = {0};
         while (b.len < SIZE) qvl__buf_puts(&b, units[u]);
-        json_t *s = json_stringn(b.data, b.len), *m = json_pack("[{s:s,s:O},{s:s,s:O}]", "role", "user", "content", s, "role", "assistant", "content", s);
+        json_t *s = json_stringn(b.data, b.len);
+        json_t *m = json_pack("[{s:s,s:O},{s:s,s:O}]", "role", "user", "content", s, "role", "assistant", "content", s);
         assert_non_null(m);
         for (int t = 0; t < 3; t++) {
             qvl__chat c;
@@ -508,7 +532,8 @@ static void integers_of_any_size(void **state) {
         {"[9223372036854775808,-9223372036854775809]", "[9223372036854775808, -9223372036854775809]"},
         {"{\"a\":{\"b\":[1,123456789012345678901234567890]},\"c\":18446744073709551616}",
          "{\"a\": {\"b\": [1, 123456789012345678901234567890]}, \"c\": 18446744073709551616}"},
-        {"[\"99999999999999999999\\\"\", 99999999999999999999, 1.5]", "[\"99999999999999999999\\\"\", 99999999999999999999, 1.5]"},
+        {"[\"99999999999999999999\\\"\", 99999999999999999999, 1.5]",
+         "[\"99999999999999999999\\\"\", 99999999999999999999, 1.5]"},
         {"[{\"\\u00ff\": \"1\"}, 99999999999999999999]", "[{\"ÿ\": \"1\"}, 99999999999999999999]"},
     };
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
@@ -519,8 +544,8 @@ static void integers_of_any_size(void **state) {
         json_decref(v);
         qvl__buf_free(&b);
     }
-    static const char *const wrong[] = {"[99999999999999999999", "[099999999999999999999]", "[1e999]", "[\"99999999999999999999]", "[99999999999999999999 \"]",
-                                        "\"\\", "[--99999999999999999999]"};
+    static const char *const wrong[] = {"[99999999999999999999",    "[099999999999999999999]", "[1e999]", "[\"99999999999999999999]",
+                                        "[99999999999999999999 \"]", "[--99999999999999999999]", "\"\\"};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         json_t *v;
         assert_int_equal(qvl__messages_parse(&v, wrong[i], strlen(wrong[i]), "messages"), QVL_EFORMAT);
@@ -538,9 +563,9 @@ static void plain_free(void *ud, void *p) { (void)ud; free(p); }
 static void memory_may_run_out_anywhere(void **state) {
     (void)state;
     const qvl_allocator a = {sizeof a, NULL, failing_malloc, failing_realloc, plain_free};
-    json_t *m = json("[{\"role\":\"user\",\"content\":[{\"type\":\"image\"},{\"type\":\"text\",\"text\":\"q\"}]},{\"role\":\"assistant\",\"content\":"
-                     "\"<think>r</think>a\",\"tool_calls\":[{\"name\":\"f\",\"arguments\":{\"k\":[1]}}]},{\"role\":\"tool\",\"content\":\"r\"}]"),
-           *tools = json("[{\"name\":\"f\",\"n\":99999999999999999999}]");
+    json_t *m = json("[{'role':'user','content':[{'type':'image'},{'type':'text','text':'q'}]},{'role':'assistant','content':"
+                     "'<think>r</think>a','tool_calls':[{'name':'f','arguments':{'k':[1]}}]},{'role':'tool','content':'r'}]");
+    json_t *tools = json("[{'name':'f','n':99999999999999999999}]");
     for (int t = 0; t < 3; t++)
         for (int k = 0;; k++) {
             qvl__chat c;
@@ -562,9 +587,14 @@ static void memory_may_run_out_anywhere(void **state) {
 
 int main(void) {
     const struct CMUnitTest without_tokenizer[] = {
-        cmocka_unit_test(recognises),       cmocka_unit_test(equal_to_jinja),         cmocka_unit_test(bad_messages),
-        cmocka_unit_test(odd_but_good),     cmocka_unit_test(markdown_becomes_images), cmocka_unit_test(long_strings_take_linear_time),
-        cmocka_unit_test(integers_of_any_size), cmocka_unit_test(memory_may_run_out_anywhere),
+        cmocka_unit_test(recognises),
+        cmocka_unit_test(equal_to_jinja),
+        cmocka_unit_test(bad_messages),
+        cmocka_unit_test(odd_but_good),
+        cmocka_unit_test(markdown_becomes_images),
+        cmocka_unit_test(long_strings_take_linear_time),
+        cmocka_unit_test(integers_of_any_size),
+        cmocka_unit_test(memory_may_run_out_anywhere),
     };
     const struct CMUnitTest with_tokenizer[] = {
         cmocka_unit_test(goldens),

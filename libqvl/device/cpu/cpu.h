@@ -21,7 +21,7 @@
 #define QVL__GEMM_SLICE_FLOATS (4 * QVL__GEMM_K * QVL__PANEL)
 #define QVL__GEMM_SCRATCH (sizeof(float) * (QVL__GEMM_A_FLOATS + QVL__GEMM_ACC_FLOATS + QVL__GEMM_SLICE_FLOATS))
 
-#define QVL__ATTN_ROWS 64      /* query rows (tokens x heads of one KV head) in an attention task */
+#define QVL__ATTN_ROWS 48      /* query rows (tokens x heads of one KV head) in an attention task */
 #define QVL__ATTN_MAX_DIM 512  /* largest head_dim of a KV cache */
 /* Floats of scratch of one attention task: q, o, scores, and one widened block of K and V. */
 #define QVL__ATTN_FLOATS(dim) \

@@ -28,7 +28,7 @@ typedef struct {
     bool dot;            /* bf16 products */
     int unit;            /* panels that must stay together: 2 for gate_up */
     int panels, per_task; /* panels of the matrix, of a task */
-    int row_blocks;
+    int row_blocks, block_rows;
     int n_out;           /* columns of y */
 } job;
 
@@ -60,14 +60,17 @@ static void accumulate(const job *j, float *scratch, int r0, int rows, int p0, i
         kern->gemm(w->type, acc, ldc, x, (size_t)k, panels, panel_bytes, rows, count, k, false);
         return;
     }
-    size_t lda = QVL__GEMM_K + QVL__PANEL;
-    for (int k0 = 0; k0 < k; k0 += QVL__GEMM_K) {
-        int n = k - k0 < QVL__GEMM_K ? k - k0 : QVL__GEMM_K;
+    /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
+    bool in_registers = w->type == QVL__F32 || rows <= 3 * kern->mr;
+    int block = in_registers && w->type != QVL__F32 ? 2 * QVL__GEMM_K : QVL__GEMM_K;
+    size_t lda = (size_t)block + QVL__PANEL;
+    for (int k0 = 0; k0 < k; k0 += block) {
+        int n = k - k0 < block ? k - k0 : block;
         for (int r = 0; r < rows; r++)
             memcpy(a + (size_t)r * lda, x + (size_t)r * (size_t)k + k0, (size_t)n * sizeof(float));
         const char *from = panels + (size_t)k0 * QVL__PANEL * (size_t)size;
-        if (w->type == QVL__F32) {
-            kern->gemm(QVL__F32, acc, ldc, a, lda, from, panel_bytes, rows, count, n, k0 > 0);
+        if (in_registers) {
+            kern->gemm(w->type, acc, ldc, a, lda, from, panel_bytes, rows, count, n, k0 > 0);
             continue;
         }
         size_t slice_floats = QVL__GEMM_K * QVL__PANEL;
@@ -84,8 +87,8 @@ static void matmul_task(void *ctx, int task, int worker) {
     const job *j = ctx;
     float *scratch = qvl__cpu_scratch(j->d, worker);
     float *acc = scratch + QVL__GEMM_A_FLOATS + QVL__GEMM_SLICE_FLOATS;
-    int rb = task % j->row_blocks;
-    int r0 = qvl__cpu_cut(j->rows, rb, j->row_blocks), r1 = qvl__cpu_cut(j->rows, rb + 1, j->row_blocks);
+    int r0 = task % j->row_blocks * j->block_rows;
+    int r1 = j->rows - r0 < j->block_rows ? j->rows : r0 + j->block_rows;
     int p0 = task / j->row_blocks * j->per_task;
     int count = j->panels - p0 < j->per_task ? j->panels - p0 : j->per_task;
     accumulate(j, scratch, r0, r1 - r0, p0, count, acc);
@@ -105,12 +108,13 @@ void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const q
     j.dot = d->bf16_math && w->type == QVL__BF16;
     j.n_out = w->n / unit;
     j.panels = qvl__div_up(j.n_out, QVL__PANEL) * unit;
-    j.row_blocks = qvl__div_up(rows, QVL__GEMM_ROWS);
+    j.block_rows = qvl__div_up(rows, qvl__div_up(rows, QVL__GEMM_ROWS)); /* nearly equal, then whole tiles: at most 96 */
+    if (rows > QVL__GEMM_ROWS) j.block_rows = qvl__div_up(j.block_rows, k->mr) * k->mr;
+    j.row_blocks = qvl__div_up(rows, j.block_rows);
 
     /* Panels of a task: as many as the accumulators allow, few enough that every thread gets several tasks, and a
      * multiple of 8 (the widest tile) where the matrix is large. */
-    int block_rows = qvl__div_up(rows, j.row_blocks);
-    int most = QVL__GEMM_ACC_FLOATS / QVL__PANEL / block_rows;
+    int most = QVL__GEMM_ACC_FLOATS / QVL__PANEL / j.block_rows;
     int64_t tasks = (int64_t)threads * 4;
     int64_t want = ((int64_t)j.panels * j.row_blocks + tasks - 1) / tasks;
     want = want < 1 ? 1 : want > most ? most : want;

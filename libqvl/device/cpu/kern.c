@@ -113,23 +113,24 @@ static tile_fn *const tiles[3][MR + 1][9] = {ALL_WIDTHS(ENTRY)};
 
 static int widest(int mr) { return mr == 1 ? NP1 : mr <= 3 ? NP2 : NP4; }
 
-/* rows in tiles of nearly equal height (7 is 4 + 3 rather than 6 + 1); for each tile all panels, widest first. Panels
- * are the outer loop so that a slice of panels stays in the first-level cache while the rows pass by. */
+/* Rows of the next tile: full tiles, and the last two alike (7 is 4 + 3 rather than 6 + 1). */
+static int next_tile(int left) { return left >= 2 * MR ? MR : left > MR ? (left + 1) / 2 : left; }
+
+/* For each group of panels all row tiles, so that a slice of panels stays in the first-level cache while the rows pass;
+ * one tile of rows takes all panels, widest first. */
 static void gemm(qvl__type type, float *c, size_t ldc, const float *a, size_t lda, const void *panels, size_t panel_bytes,
                  int rows, int count, int k, bool resume) {
-    int n_tiles = (rows + MR - 1) / MR;
-    int group = n_tiles > 1 ? widest(MR) : count;
+    int group = rows > MR ? widest(MR) : count;
     for (int g = 0; g < count; g += group) {
         int in_group = count - g < group ? count - g : group;
-        for (int t = 0, r = 0; t < n_tiles; t++) {
-            int mr = (rows - r + n_tiles - t - 1) / (n_tiles - t);
+        for (int r = 0, mr; r < rows; r += mr) {
+            mr = next_tile(rows - r);
             int np = widest(mr);
             for (int p = 0; p < in_group; p += np) {
                 while (np > in_group - p) np /= 2;
                 tiles[type][mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, a + (size_t)r * lda, lda,
                                     (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, k, resume);
             }
-            r += mr;
         }
     }
 }
@@ -169,19 +170,17 @@ static dot_fn *const dots[MR + 1][9] = {ALL_WIDTHS(DOT_ENTRY)};
 
 static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume) {
-    int n_tiles = (rows + MR - 1) / MR;
-    int group = n_tiles > 1 ? widest(MR) : count;
+    int group = rows > MR ? widest(MR) : count;
     for (int g = 0; g < count; g += group) {
         int in_group = count - g < group ? count - g : group;
-        for (int t = 0, r = 0; t < n_tiles; t++) {
-            int mr = (rows - r + n_tiles - t - 1) / (n_tiles - t);
+        for (int r = 0, mr; r < rows; r += mr) {
+            mr = next_tile(rows - r);
             int np = widest(mr);
             for (int p = 0; p < in_group; p += np) {
                 while (np > in_group - p) np /= 2;
                 dots[mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, a + (size_t)r * lda, lda,
                              (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, pairs, resume);
             }
-            r += mr;
         }
     }
 }

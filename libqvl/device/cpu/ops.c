@@ -6,6 +6,7 @@
  * Invariants: tasks split outputs (rows or columns), so results are the same for every number of threads;
  *             per-worker scratch is taken here, once, and no op allocates.
  */
+#include <math.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -42,7 +43,7 @@ typedef struct {
     int rows, dim, tasks;
     float eps;
     int heads, span; /* rope_vision; dim is head_dim */
-    bool add;        /* scatter_rows */
+    bool add;        /* scatter_rows; scatter_scaled has w instead */
 } row_job;
 
 static void run_rows(qvl__device *d, row_job *j, size_t cost, void (*fn)(void *ctx, int task, int worker)) {
@@ -119,7 +120,9 @@ static void scatter_task(void *ctx, int task, int worker) {
     for (int r = 0; r < j->rows; r++) {
         float *y = j->y + (size_t)j->idx[r] * dim + c0;
         const float *x = j->x + (size_t)r * dim + c0;
-        if (j->add)
+        if (j->w)
+            j->k->axpy(y, x, j->w[r], (int)(c1 - c0));
+        else if (j->add)
             j->k->add(y, x, (int)(c1 - c0));
         else
             memcpy(y, x, (c1 - c0) * sizeof(float));
@@ -131,6 +134,32 @@ static void cpu_scatter_rows(qvl__device *d, float *y, const float *x, const int
     row_job j = {.k = qvl__cpu_kern(d), .y = y, .x = x, .idx = idx, .rows = rows, .dim = dim, .add = add};
     j.tasks = qvl__cpu_tasks(d, dim, (size_t)rows);
     qvl__pool_run(d->pool, j.tasks, scatter_task, &j);
+}
+
+static void cpu_scatter_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim) {
+    if (rows <= 0 || dim <= 0) return;
+    row_job j = {.k = qvl__cpu_kern(d), .y = y, .x = x, .w = scale, .idx = idx, .rows = rows, .dim = dim};
+    j.tasks = qvl__cpu_tasks(d, dim, (size_t)rows);
+    qvl__pool_run(d->pool, j.tasks, scatter_task, &j);
+}
+
+/* Softmax over all experts and then dividing by the sum of the chosen is softmax over the chosen: the common sum cancels. */
+static void cpu_moe_route(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {
+    (void)d;
+    for (int r = 0; r < rows; r++) {
+        const float *l = logits + (size_t)r * (size_t)experts;
+        int32_t *e = expert + (size_t)r * (size_t)top_k;
+        float *w = weight + (size_t)r * (size_t)top_k, sum = 0;
+        int n = 0;
+        for (int i = 0; i < experts; i++) { /* insertion into a short list; a later equal stays behind */
+            if (n == top_k && !(l[i] > l[e[n - 1]])) continue;
+            int at = n < top_k ? n++ : n - 1;
+            for (; at > 0 && l[i] > l[e[at - 1]]; at--) e[at] = e[at - 1];
+            e[at] = i;
+        }
+        for (int k = 0; k < top_k; k++) sum += w[k] = expf(l[e[k]] - l[e[0]]);
+        for (int k = 0; k < top_k; k++) w[k] /= sum;
+    }
 }
 
 /* ---- open and close ---- */
@@ -180,6 +209,8 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     d->embed = qvl__cpu_embed;
     d->gather_rows = cpu_gather_rows;
     d->scatter_rows = cpu_scatter_rows;
+    d->scatter_scaled = cpu_scatter_scaled;
+    d->moe_route = cpu_moe_route;
     d->add_interpolated = cpu_add_interpolated;
     d->rms_norm = cpu_rms_norm;
     d->layer_norm = cpu_layer_norm;

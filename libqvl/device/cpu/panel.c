@@ -129,6 +129,29 @@ typedef struct {
     const char *src;   /* feature first */
 } put_job;
 
+typedef uint32_t quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* out[i][j] = t[j][i] for words i < n of rows j < cols; whole squares of 4 by 4 in vectors. */
+static void turn(uint32_t *out, const uint32_t t[][CHUNK], int cols, int n) {
+    int j = 0, n4 = n / 4 * 4;
+    for (; j + 4 <= cols; j += 4) {
+        for (int i = 0; i < n4; i += 4) {
+            quad a = *(const quad *)&t[j][i], b = *(const quad *)&t[j + 1][i], c = *(const quad *)&t[j + 2][i], d = *(const quad *)&t[j + 3][i];
+            quad ab_lo = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_hi = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+            quad cd_lo = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_hi = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+            uint32_t *to = out + (size_t)i * QVL__PANEL + j;
+            *(quad *)to = __builtin_shufflevector(ab_lo, cd_lo, 0, 1, 4, 5);
+            *(quad *)(to + QVL__PANEL) = __builtin_shufflevector(ab_lo, cd_lo, 2, 3, 6, 7);
+            *(quad *)(to + 2 * QVL__PANEL) = __builtin_shufflevector(ab_hi, cd_hi, 0, 1, 4, 5);
+            *(quad *)(to + 3 * QVL__PANEL) = __builtin_shufflevector(ab_hi, cd_hi, 2, 3, 6, 7);
+        }
+        for (int i = n4; i < n; i++)
+            for (int l = j; l < j + 4; l++) out[(size_t)i * QVL__PANEL + (size_t)l] = t[l][i];
+    }
+    for (; j < cols; j++)
+        for (int i = 0; i < n; i++) out[(size_t)i * QVL__PANEL + (size_t)j] = t[j][i];
+}
+
 /* Columns c0.. of a panel from rows at src. A chunk of every row is converted into t, then t is turned. */
 static void pack_panel(const qvl__matrix *m, char *panel, int c0, int cols, qvl__type src_type, const char *src) {
     size_t row_bytes = (size_t)m->k * qvl__type_size(src_type);
@@ -144,13 +167,11 @@ static void pack_panel(const qvl__matrix *m, char *panel, int c0, int cols, qvl_
         }
         if (m->type == QVL__F16) {
             uint16_t *out = (uint16_t *)(void *)panel + (size_t)k0 * QVL__PANEL + c0;
-            for (int j = 0; j < cols; j++)
-                for (int i = 0; i < n; i++) out[(size_t)i * QVL__PANEL + (size_t)j] = t.h[j][i];
+            for (int i = 0; i < n; i++)
+                for (int j = 0; j < cols; j++) out[(size_t)i * QVL__PANEL + (size_t)j] = t.h[j][i];
         } else {
-            int words = m->type == QVL__BF16 ? (n + 1) / 2 : n;
-            uint32_t *out = (uint32_t *)(void *)panel + (size_t)(m->type == QVL__BF16 ? k0 / 2 : k0) * QVL__PANEL + c0;
-            for (int j = 0; j < cols; j++)
-                for (int i = 0; i < words; i++) out[(size_t)i * QVL__PANEL + (size_t)j] = t.w[j][i];
+            bool pairs = m->type == QVL__BF16;
+            turn((uint32_t *)(void *)panel + (size_t)(pairs ? k0 / 2 : k0) * QVL__PANEL + c0, t.w, cols, pairs ? (n + 1) / 2 : n);
         }
     }
 }

@@ -207,7 +207,8 @@ static __attribute__((noinline)) vf vdot_pairs(vf c, uint32_t a, vu b) {
 
 /* ---- common ---- */
 
-/* The sum of all lanes, halving: a fixed tree. */
+/* The sum and the maximum of all lanes, by halving: a fixed tree (8 lanes: i + (i + 4), then i + (i + 2), ...). */
+#if W == 4 || defined(QVL__SIMD_EMULATE)
 INLINE float vsum(vf a) {
     float t[W];
     vstore(t, a);
@@ -222,6 +223,20 @@ INLINE float vmax_lanes(vf a) {
         for (int i = 0; i < h; i++) t[i] = t[i] > t[i + h] ? t[i] : t[i + h];
     return t[0];
 }
+#else
+#if W == 16
+#define FOLD(op, a) _mm256_##op##_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))
+#else
+#define FOLD(op, a) (a)
+#endif
+#define REDUCE(op, a)                                                                  \
+    __m256 h8 = FOLD(op, a);                                                           \
+    __m128 h4 = _mm_##op##_ps(_mm256_castps256_ps128(h8), _mm256_extractf128_ps(h8, 1)); \
+    __m128 h2 = _mm_##op##_ps(h4, _mm_movehl_ps(h4, h4));                              \
+    return _mm_cvtss_f32(_mm_##op##_ss(h2, _mm_movehdup_ps(h2)))
+INLINE float vsum(vf a) { REDUCE(add, a); }
+INLINE float vmax_lanes(vf a) { REDUCE(max, a); }
+#endif
 
 /* bf16 of x, rounded to nearest even; a NaN stays a (quiet) NaN. */
 INLINE uint16_t to_bf16(float x) {

@@ -94,6 +94,7 @@ save("grey_key.png", grey, transparency=int(np.asarray(grey)[9, 9]))
 save("bilevel_key.png", grey.convert("1"), transparency=1)
 add("rgba16.png", png16(6, 4))
 add("la16.png", png16(4, 2))
+rgb.save("animated.webp", save_all=True, append_images=[rgb.rotate(180)], quality=50)  # refused
 with open("manifest.json", "w") as f:
     json.dump({"images": entries}, f, indent=1)
     f.write("\n")

@@ -1,0 +1,90 @@
+/* info.c - qvl info: what a model is.
+ *
+ * Job:        load a model, show its shapes, types and sizes.
+ * Input:      a model.
+ * Output:     a table for people, or the library's JSON object.
+ * Invariants: every field the library reports is shown, also ones this program does not know yet.
+ */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tool.h"
+
+static void print_scalar(const json_t *v) {
+    if (json_is_string(v)) tool_write_text(stdout, json_string_value(v), json_string_length(v));
+    else {
+        char *text = json_dumps(v, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(9));
+        fputs(text ? text : "?", stdout);
+        free(text);
+    }
+}
+
+/* 8767123456 as "8.77 G". */
+static void print_count(json_int_t n, const char *unit) {
+    static const char prefixes[] = " kMGT";
+    double v = (double)n;
+    int p = 0;
+    while (v >= 999.5 && p < 4) v /= 1000, p++;
+    if (p == 0) printf("%" JSON_INTEGER_FORMAT "%s%s", n, *unit ? " " : "", unit);
+    else printf("%.3g %c%s", v, prefixes[p], unit);
+}
+
+static void print_list(const json_t *v) {
+    size_t i;
+    const json_t *item;
+    json_array_foreach(v, i, item) {
+        if (i) fputs(", ", stdout);
+        print_scalar(item);
+    }
+}
+
+static void print_object(json_t *o, int indent) {
+    const char *key;
+    json_t *v;
+    json_object_foreach(o, key, v) {
+        if (json_is_object(v)) {
+            printf("%*s%s\n", indent, "", key);
+            print_object(v, indent + 2);
+            continue;
+        }
+        printf("%*s%-*s ", indent, "", 22 - indent, key);
+        if (strcmp(key, "weight_bytes") == 0) print_count(json_integer_value(v), "B");
+        else if (strcmp(key, "parameters") == 0) print_count(json_integer_value(v), "");
+        else if (json_is_array(v)) print_list(v);
+        else print_scalar(v);
+        putchar('\n');
+    }
+}
+
+static int run(const tool_args *a) {
+    char path[PATH_MAX];
+    qvl_model *m;
+    int code = tool_model_path(a, path);
+    if (code) return code;
+    if ((code = tool_model_load(a, &m, NULL))) return code;
+    json_t *info = tool_model_info(m), *out = json_pack("{s:o*}", "path", json_string(path)); /* left out when it is not UTF-8 */
+    qvl_model_free(m);
+    if (info) json_object_update(out, info);
+    json_decref(info);
+    if (!info) code = TOOL_FAILED;
+    else if (tool_get(a, "json")) return tool_print_json(out);
+    else print_object(out, 0);
+    json_decref(out);
+    return code;
+}
+
+static const tool_option options[] = {
+    {"json", 0, NULL, "as a JSON object"},
+    {0},
+};
+
+const tool_command tool_info = {
+    .name = "info",
+    .synopsis = "[-m MODEL] [--json] [OPTION]...",
+    .summary = "what a model is: shapes, types, sizes",
+    .details = "Loads the model and tells its family, chat template, types, device, sizes and generation defaults.",
+    .options = options,
+    .scopes = "model",
+    .run = run,
+};
