@@ -231,7 +231,7 @@ QVL_API int qvl_chat(qvl_model *m, const char *messages, const qvl_media *media,
 /* ----------------------------------------------------------------------------------------------------------- engine */
 
 /* Continuous batching over a paged KV cache. Options: max_requests, max_context, kv_blocks, kv_dtype,
- * max_batched_tokens. All memory of the engine is taken here; qvl_engine_stats reports it. */
+ * max_batched_tokens, prefix_cache. All memory of the engine is taken here; qvl_engine_stats reports it. */
 QVL_API int qvl_engine_new(qvl_engine **out, qvl_model *m, const qvl_options *o);
 QVL_API void qvl_engine_free(qvl_engine *e);
 /* Queues a request; *request gets its number (from 1, never reused). Options: max_tokens, temperature, ... (scope
@@ -281,7 +281,8 @@ enum {
     QVL_USAGE_QUEUE_MS = 4,     /* submit to first work */
     QVL_USAGE_VISION_MS = 5,    /* vision tower */
     QVL_USAGE_TTFT_MS = 6,      /* submit to first token */
-    QVL_USAGE_TOTAL_MS = 7      /* submit to end */
+    QVL_USAGE_TOTAL_MS = 7,     /* submit to end */
+    QVL_USAGE_CACHED_TOKENS = 8 /* prompt tokens whose keys and values were in the prefix cache */
 };
 /* One figure of a finished request; NaN when v is not a finished event or what is unknown. */
 QVL_API double qvl_event_usage(const qvl_event *v, int what);

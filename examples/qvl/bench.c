@@ -278,7 +278,7 @@ static int describe_model(bench *b) {
         json_decref(info);
         return TOOL_FAILED;
     }
-    static const char *const keys[] = {"family", "parameters", "dtype", "kv_dtype", "device", "isa", "threads"};
+    static const char *const keys[] = {"family", "parameters", "dtype", "bf16_math", "kv_dtype", "device", "isa", "threads"};
     json_object_set_new(b->about, "model", json_string(path));
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) json_object_set(b->about, keys[i], json_object_get(info, keys[i]));
     b->vocab = (int)json_integer_value(json_object_get(info, "vocab_size"));

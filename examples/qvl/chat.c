@@ -168,8 +168,8 @@ static int ask(session *s, const char *text, size_t len) {
         s->leaving = true;
     } else if (strcmp(a.finish_reason, "length") == 0)
         note(s, "(cut at %.0f tokens; --max-tokens or --max-context N allow more)", a.usage[QVL_USAGE_COMPLETION_TOKENS]);
+    if (a.interrupted || code == TOOL_INTERRUPTED) tool_clear_interrupt(); /* one that came too late counts at the prompt */
     tool_answer_free(&a);
-    tool_clear_interrupt();
     return code == TOOL_INTERRUPTED ? TOOL_OK : code;
 }
 

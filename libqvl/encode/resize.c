@@ -48,8 +48,7 @@ static int fit(double height, double width, double frames, double frames_bar, in
     if (!(h >= f && w >= f && h * w <= 2147483647.0))
         return qvl__fail(QVL_EINVAL,
                          "image of %.0f x %.0f pixels cannot be resized to %lld..%lld pixels (options min_pixels, max_pixels)", width,
-                         height,
-                         (long long)min_pixels, (long long)max_pixels);
+                         height, (long long)min_pixels, (long long)max_pixels);
     *out_h = (int)h;
     *out_w = (int)w;
     return 0;

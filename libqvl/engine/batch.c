@@ -3,17 +3,42 @@
  * Job:        admission, and the rows of one step.
  * Input:      waiting and running requests; the limits max_requests, max_batched_tokens and free KV blocks.
  * Output:     a qvl__batch.
- * Invariants: decodes come first, so that a long prompt never stops running answers; prefill takes what is left of
+ * Invariants: only full blocks are shared, and rows are written behind them, so a shared block is never written;
+ *             decodes come first, so that a long prompt never stops running answers; prefill takes what is left of
  *             max_batched_tokens, oldest request first; a prompt is prefilled only when all its images are encoded.
  */
 #include <string.h>
 
 #include "engine.h"
 
+/* How many of the prompt's pictures lie wholly in its first `tokens` tokens: they need no encoding. */
+static int visuals_within(const qvl_prompt *p, int tokens) {
+    int n = 0;
+    for (int i = 0; i < p->n_runs && p->runs[i].start + (size_t)p->runs[i].tokens <= (size_t)tokens; i++)
+        if (i + 1 == p->n_runs || p->runs[i + 1].visual != p->runs[i].visual) n++;
+    return n;
+}
+
+/* Blocks for the whole request: its beginning from the cache as far as it is there, the rest fresh. The last token of a
+ * prompt is always computed, because its logits choose the first token of the answer. */
+static bool take_blocks(qvl_engine *e, qvl__request *r) {
+    int shared = 0, most = e->prefix_cache ? (r->prompt_n - 1) / QVL__KV_BLOCK : 0;
+    while (shared < most && (r->table[shared] = qvl__blocks_share(&e->blocks, r->keys[shared])) >= 0) shared++;
+    if (!qvl__blocks_take(&e->blocks, r->table + shared, r->n_blocks - shared)) {
+        qvl__blocks_give(&e->blocks, r->table, shared);
+        return false;
+    }
+    r->named = shared;
+    r->cached = r->prefix = shared * QVL__KV_BLOCK;
+    r->encoded = visuals_within(r->prompt, r->prefix);
+    e->prefix_tokens += (uint64_t)r->prefix;
+    return true;
+}
+
 void qvl__batch_admit(qvl_engine *e) {
     while (e->waiting && e->n_running < e->max_requests) {
         qvl__request *r = e->waiting;
-        if (!qvl__blocks_take(&e->blocks, r->table, r->n_blocks)) return; /* first come, first served: nobody overtakes */
+        if (!take_blocks(e, r)) return; /* first come, first served: nobody overtakes */
         e->waiting = r->next;
         if (!e->waiting) e->waiting_tail = &e->waiting;
         r->next = NULL;
@@ -84,4 +109,16 @@ void qvl__batch_build(qvl_engine *e, qvl__batch *b) {
     b->visual_src = e->rows.visual_src;
     b->visual_index = e->rows.visual_index;
     b->out_row = e->rows.out_row;
+}
+
+void qvl__batch_name_blocks(qvl_engine *e) {
+    for (int i = 0; e->prefix_cache && i < e->n_running; i++) {
+        qvl__request *r = e->running[i];
+        for (; (r->named + 1) * QVL__KV_BLOCK <= r->cached; r->named++) {
+            int first = r->named * QVL__KV_BLOCK;
+            if (first + QVL__KV_BLOCK > r->prompt_n)
+                r->keys[r->named] = qvl__prefix_key(r->named ? r->keys[r->named - 1] : (qvl__key){0}, r->prompt, r->answer, first);
+            qvl__blocks_name(&e->blocks, r->table[r->named], r->keys[r->named]);
+        }
+    }
 }

@@ -57,6 +57,7 @@ static int build(qvl_engine *e, const qvl_options *o) {
     const qvl__text_config *t = &e->model->config.text;
     e->max_requests = (int)qvl__opt_i64(o, "max_requests");
     e->max_batched = (int)qvl__opt_i64(o, "max_batched_tokens");
+    e->prefix_cache = qvl__opt_i64(o, "prefix_cache") != 0;
     if ((e->max_context = default_context(e, o)) < 0) return e->max_context;
     const char *kv = qvl__opt_str(o, "kv_dtype");
     qvl__type type = strcmp(kv, "f32") == 0 ? QVL__F32 : strcmp(kv, "bf16") == 0 ? QVL__BF16 : e->model->kv_type;
@@ -140,7 +141,7 @@ static qvl_event *new_event(qvl_engine *e, int type, const qvl__request *r) {
     if (text.data) text.data[0] = 0;
     qvl__free(v->logits);
     *v = (qvl_event){.type = type, .request = r->id, .token = -1, .text = text, .finish_reason = ""};
-    for (int i = 0; i < 8; i++) v->usage[i] = NAN;
+    for (size_t i = 0; i < sizeof v->usage / sizeof *v->usage; i++) v->usage[i] = NAN;
     return v;
 }
 
@@ -151,6 +152,7 @@ static void fill_usage(qvl_event *v, const qvl__request *r) {
     v->usage[QVL_USAGE_PROMPT_TOKENS] = r->prompt_n;
     v->usage[QVL_USAGE_COMPLETION_TOKENS] = r->generated;
     v->usage[QVL_USAGE_IMAGE_TOKENS] = pads;
+    v->usage[QVL_USAGE_CACHED_TOKENS] = r->prefix;
     v->usage[QVL_USAGE_QUEUE_MS] = (r->started ? r->started : now) - r->submitted;
     v->usage[QVL_USAGE_VISION_MS] = r->vision_ms;
     if (r->first_token) v->usage[QVL_USAGE_TTFT_MS] = r->first_token - r->submitted;
@@ -220,7 +222,7 @@ static qvl_embedding *known_embedding(qvl_engine *e, const qvl__visual *v) {
     for (int i = 0; i < e->n_running; i++) {
         const qvl__request *r = e->running[i];
         for (int k = 0; k < r->encoded; k++)
-            if (memcmp(r->embeddings[k]->hash, v->hash, sizeof v->hash) == 0) return qvl__embedding_ref(r->embeddings[k]);
+            if (r->embeddings[k] && memcmp(r->embeddings[k]->hash, v->hash, sizeof v->hash) == 0) return qvl__embedding_ref(r->embeddings[k]);
     }
     return NULL;
 }
@@ -277,6 +279,7 @@ static void advance(qvl_engine *e, qvl__request *r, float *logits) {
     v->token = r->last = v->choice.token;
     v->has_logprobs = r->sampler.p.logprobs >= 0;
     qvl__sampler_accept(&r->sampler, r->last);
+    r->answer[r->generated] = r->last;
     if (r->generated++ == 0) r->first_token = qvl__now_ms();
 
     bool end = is_end(r, r->last), stopped = false;
@@ -302,7 +305,9 @@ static void publish(qvl_engine *e, int outs) {
     e->stats.generated_tokens += (uint64_t)outs;
     e->stats.images = e->images_encoded;
     e->stats.running = e->n_running;
-    e->stats.blocks_used = e->blocks.total - e->blocks.n_free;
+    e->stats.prefix_tokens = e->prefix_tokens;
+    e->stats.blocks_used = qvl__blocks_held(&e->blocks);
+    e->stats.blocks_kept = e->blocks.n_kept;
     pthread_mutex_unlock(&e->lock);
 }
 
@@ -343,6 +348,7 @@ int qvl_engine_step(qvl_engine *e, int timeout_ms) {
     qvl__batch_build(e, &b);
     if (b.rows) {
         qvl__text_forward(e->model, &e->kv, &e->ws, &b);
+        qvl__batch_name_blocks(e);
         for (int i = 0; i < b.outs; i++)
             advance(e, e->rows.out_request[i], e->ws.logits + (size_t)i * (size_t)e->model->config.text.vocab);
     }

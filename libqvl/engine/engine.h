@@ -34,8 +34,12 @@ typedef struct qvl__request {
     int prompt_n, cached, generated; /* prompt tokens; tokens whose keys are in the cache; tokens of the answer */
     int32_t last;                    /* last token of the answer, not yet in the cache */
     int encoded;                     /* embeddings [0, encoded) are there */
+    int32_t *answer;                 /* [max_tokens] */
     int32_t *table;                  /* KV blocks */
     int n_blocks;
+    qvl__key *keys;                  /* [n_blocks] names of full blocks: the prompt's from the start, the answer's as they fill */
+    int named;                       /* blocks [0, named) have been named in the pool, or came from it */
+    int prefix;                      /* prompt tokens found in the cache */
     atomic_bool cancelled;
     double submitted, started, first_token, vision_ms;
 } qvl__request;
@@ -52,12 +56,13 @@ struct qvl_event {
     bool has_logprobs;
     float *logits; /* of return_logits; owned */
     size_t n_logits;
-    double usage[8];
+    double usage[9];
 };
 
 struct qvl_engine {
     qvl_model *model;
     int max_requests, max_context, max_batched;
+    bool prefix_cache;
     qvl__kv kv;
     qvl__blocks blocks;
     qvl__text_ws ws;
@@ -70,8 +75,8 @@ struct qvl_engine {
     uint64_t next_id;
     bool woken;
     struct {
-        uint64_t submitted, finished, failed, cancelled, steps, prompt_tokens, generated_tokens, images;
-        int running, blocks_used;
+        uint64_t submitted, finished, failed, cancelled, steps, prompt_tokens, prefix_tokens, generated_tokens, images;
+        int running, blocks_used, blocks_kept;
     } stats;
 
     /* the stepping thread's */
@@ -80,7 +85,7 @@ struct qvl_engine {
     qvl__request *waiting, **waiting_tail;
     qvl__request **running;
     int n_running;
-    uint64_t images_encoded;
+    uint64_t images_encoded, prefix_tokens;
     int turn; /* where decodes start when not all of them fit a step */
     qvl_event *events;
     int n_events, cap_events;
@@ -106,5 +111,7 @@ void qvl__batch_admit(qvl_engine *e);
 /* Picks the rows of this step: decodes first, then prefill chunks in order of arrival. Fills e->rows; b->rows = 0 when
  * there is nothing to run. Row i of the outputs belongs to e->rows.out_request[i]. */
 void qvl__batch_build(qvl_engine *e, qvl__batch *b);
+/* After the batch ran: gives the blocks that are full now their names, for others to share. */
+void qvl__batch_name_blocks(qvl_engine *e);
 
 #endif

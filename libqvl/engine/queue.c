@@ -18,6 +18,8 @@ void qvl__request_free(qvl__request *r) {
     qvl_prompt_free(r->prompt);
     qvl__sampler_free(&r->sampler);
     qvl__stop_free(&r->stop);
+    qvl__free(r->answer);
+    qvl__free(r->keys);
     qvl__free(r->table);
     qvl__free(r);
 }
@@ -68,7 +70,12 @@ static int read_request(qvl__request *r, qvl_engine *e, const qvl_prompt *p, con
         r->sampler.p.seed = (int64_t)(qvl__now_ms() * 1e6);
     r->table = qvl__array(NULL, (size_t)r->n_blocks, sizeof *r->table);
     r->embeddings = qvl__calloc((size_t)p->n_visuals + 1, sizeof *r->embeddings);
-    return r->table && r->embeddings ? 0 : QVL_ENOMEM;
+    r->answer = qvl__array(NULL, (size_t)r->max_tokens, sizeof *r->answer);
+    r->keys = qvl__array(NULL, (size_t)r->n_blocks, sizeof *r->keys);
+    if (!r->table || !r->embeddings || !r->answer || !r->keys) return QVL_ENOMEM;
+    qvl__key before = {0}; /* here, on the caller's thread, rather than in a step */
+    for (int i = 0; e->prefix_cache && i < r->prompt_n / QVL__KV_BLOCK; i++) before = r->keys[i] = qvl__prefix_key(before, p, NULL, i * QVL__KV_BLOCK);
+    return 0;
 }
 
 int qvl_engine_submit(qvl_engine *e, const qvl_prompt *p, const qvl_options *o, uint64_t *request) {
@@ -166,13 +173,13 @@ int qvl_engine_stats(const qvl_engine *ce, char **json) {
     qvl__buf_printf(&b, "{\"requests\": {\"running\": %d, \"waiting\": %d, \"submitted\": %llu, \"finished\": %llu, \"failed\": %llu, \"cancelled\": %llu}, ",
                     s.running, live - s.running, (unsigned long long)s.submitted, (unsigned long long)s.finished, (unsigned long long)s.failed,
                     (unsigned long long)s.cancelled);
-    qvl__buf_printf(&b, "\"kv\": {\"dtype\": \"%s\", \"block_tokens\": %d, \"blocks\": %d, \"blocks_used\": %d, \"bytes\": %zu}, ",
-                    e->kv.type == QVL__F32 ? "f32" : "bf16", QVL__KV_BLOCK, e->blocks.total, s.blocks_used, e->kv.block_bytes * (size_t)e->kv.blocks);
+    qvl__buf_printf(&b, "\"kv\": {\"dtype\": \"%s\", \"block_tokens\": %d, \"blocks\": %d, \"blocks_used\": %d, \"blocks_kept\": %d, \"bytes\": %zu}, ",
+                    e->kv.type == QVL__F32 ? "f32" : "bf16", QVL__KV_BLOCK, e->blocks.total, s.blocks_used, s.blocks_kept, e->kv.block_bytes * (size_t)e->kv.blocks);
     qvl__buf_printf(&b, "\"memory\": {\"weights\": %llu, \"kv\": %zu, \"workspace\": %zu}, ", (unsigned long long)e->model->weights.bytes,
                     e->kv.block_bytes * (size_t)e->kv.blocks, e->ws.bytes);
     qvl__buf_printf(&b, "\"max_requests\": %d, \"max_context\": %d, \"max_batched_tokens\": %d, ", e->max_requests, e->max_context, e->max_batched);
-    qvl__buf_printf(&b, "\"steps\": %llu, \"prompt_tokens\": %llu, \"generated_tokens\": %llu, \"images_encoded\": %llu}", (unsigned long long)s.steps,
-                    (unsigned long long)s.prompt_tokens, (unsigned long long)s.generated_tokens, (unsigned long long)s.images);
+    qvl__buf_printf(&b, "\"steps\": %llu, \"prompt_tokens\": %llu, \"prefix_tokens\": %llu, \"generated_tokens\": %llu, \"images_encoded\": %llu}",
+                    (unsigned long long)s.steps, (unsigned long long)s.prompt_tokens, (unsigned long long)s.prefix_tokens, (unsigned long long)s.generated_tokens, (unsigned long long)s.images);
     if (b.failed) {
         qvl__buf_free(&b);
         return QVL_ENOMEM;

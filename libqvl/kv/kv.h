@@ -1,24 +1,50 @@
-/* kv.h - who owns which block of the paged KV cache.
+/* kv.h - who owns which block of the paged KV cache, and what is in it.
  *
- * Job:        hand out and take back blocks of QVL__KV_BLOCK tokens.
- * Input:      how many blocks a sequence needs.
+ * Job:        hand out blocks of QVL__KV_BLOCK tokens, share those whose contents are already there, take them back.
+ * Input:      how many blocks a sequence needs; keys that name the contents of full blocks.
  * Output:     block numbers for its table.
- * Invariants: a block has one owner or is free; all or nothing: a sequence gets every block it asked for or none.
+ * Invariants: refs[b] sequences hold block b; a block without holders is free, or kept for its contents until the room is
+ *             needed (least recently used first); equal keys mean equal tokens, pictures and positions from the first
+ *             token on, so sharing changes no bit of any answer (law 6 and 7).
  */
 #ifndef QVL__KV_H
 #define QVL__KV_H
 
 #include "../device/device.h"
+#include "../encode/encode.h"
+
+/* 128 bits of a SHA-256 chain over everything up to the end of a block. */
+typedef struct {
+    uint64_t lo, hi;
+} qvl__key;
 
 typedef struct {
-    int32_t *free; /* stack of free block numbers */
-    int n_free, total;
+    int total, n_free, n_kept;
+    int32_t *refs;
+    int32_t *free;        /* stack of blocks without contents */
+    int32_t *prev, *next; /* list of kept blocks; place `total` is its head and tail */
+    qvl__key *key;        /* of a named block; {0, 0} otherwise */
+    int32_t *slots;       /* hash table from key to block, -1 empty; a power of two, at most half full */
+    int n_slots;
 } qvl__blocks;
+
+/* ---- pages.c ---- */
 int qvl__blocks_init(qvl__blocks *b, int total);
 void qvl__blocks_destroy(qvl__blocks *b);
 static inline int qvl__blocks_for(int64_t tokens) { return (int)((tokens + QVL__KV_BLOCK - 1) / QVL__KV_BLOCK); }
-/* Takes n blocks into table; false (and nothing taken) when fewer are free. */
+/* Takes n blocks of unknown contents into table, giving up kept ones where needed; false and nothing taken when n are not
+ * to be had. */
 bool qvl__blocks_take(qvl__blocks *b, int32_t *table, int n);
+/* The block of these contents, held once more; -1 when there is none. */
+int32_t qvl__blocks_share(qvl__blocks *b, qvl__key key);
+/* Says what a held block now holds. When another block of the same contents is known already, nothing happens. */
+void qvl__blocks_name(qvl__blocks *b, int32_t block, qvl__key key);
 void qvl__blocks_give(qvl__blocks *b, const int32_t *table, int n);
+static inline int qvl__blocks_held(const qvl__blocks *b) { return b->total - b->n_free - b->n_kept; }
+
+/* ---- prefix.c ---- */
+/* The key of the block after `before` ({0, 0} for the first) that holds tokens [first, first + QVL__KV_BLOCK) of a
+ * sequence: the prompt p and behind it the answer. A picture's pad tokens stand for its hash. */
+qvl__key qvl__prefix_key(qvl__key before, const qvl_prompt *p, const int32_t *answer, int first);
 
 #endif

@@ -191,6 +191,87 @@ static void one_owner(void **state) {
     qvl_model_free(m);
 }
 
+/* Runs p to its end; the answer, and how many prompt tokens came from the cache. */
+static answer finish(qvl_engine *e, const qvl_prompt *p, const qvl_options *o, int *cached) {
+    answer a = {0};
+    OK(qvl_engine_submit(e, p, o, NULL));
+    while (!ended(&a)) {
+        int n = qvl_engine_step(e, 0);
+        OK(n);
+        for (int i = 0; i < n; i++) {
+            const qvl_event *v = qvl_engine_event(e, i);
+            take(&a, v);
+            if (ended(&a)) *cached = (int)qvl_event_usage(v, QVL_USAGE_CACHED_TOKENS);
+        }
+    }
+    assert_int_equal(a.error, 0);
+    return a;
+}
+
+static long stat_of(qvl_engine *e, const char *name) {
+    char *json, key[64];
+    snprintf(key, sizeof key, "\"%s\": ", name);
+    OK(qvl_engine_stats(e, &json));
+    const char *at = strstr(json, key);
+    assert_non_null(at);
+    long n = atol(at + strlen(key));
+    qvl_free(json);
+    return n;
+}
+
+/* A second turn computes only what is new; another picture in the same place shares nothing from there on. */
+static void prefixes(void **state) {
+    (void)state;
+    qvl_model *m = load("2", "auto");
+    qvl_options *eo = options("max_requests", "2", "max_context", "1024", NULL), *off = options("max_requests", "2", "max_context", "1024", "prefix_cache", "false", NULL);
+    qvl_options *so = options("temperature", "0", "max_tokens", "40", "ignore_eos", "true", "return_logits", "true", NULL);
+    qvl_engine *with, *without;
+    OK(qvl_engine_new(&with, m, eo));
+    OK(qvl_engine_new(&without, m, off));
+    int32_t ids[700];
+    for (int i = 0; i < 700; i++) ids[i] = 10 + i * 5;
+    int cached = -1, none = -1, n = 500;
+    for (int turn = 0; turn < 4; turn++) {
+        qvl_prompt *p;
+        OK(qvl_prompt_from_tokens(&p, m, ids, (size_t)n));
+        answer a = finish(with, p, so, &cached), b = finish(without, p, so, &none);
+        assert_true(same(&a, &b));
+        assert_int_equal(none, 0);
+        /* everything but the last token of the previous answer was in the cache, in blocks of 32 */
+        assert_int_equal(cached, turn == 0 ? 0 : (n - 10 - 1) / 32 * 32);
+        qvl_prompt_free(p);
+        memcpy(ids + n, a.tokens, sizeof(int32_t) * 40); /* the next turn: the answer, and 10 new tokens */
+        n += 50;
+    }
+    assert_true(stat_of(with, "blocks_kept") > 10);
+    assert_int_equal(stat_of(with, "blocks_used"), 0);
+
+    const char *look = "[{\"role\":\"user\",\"content\":[{\"type\":\"image\"},{\"type\":\"text\",\"text\":\"What is it? Tell me all about its shape, its colour, and where in the picture it is to be found.\"}]}]";
+    int before = (int)stat_of(with, "images_encoded");
+    for (int k = 0; k < 4; k++) { /* picture 1, 1 again, 2, 1 again */
+        qvl_image *im = picture(k == 2 ? 22 : 11);
+        qvl_media *media;
+        qvl_prompt *p;
+        OK(qvl_media_new(&media));
+        OK(qvl_media_add_image(media, im));
+        OK(qvl_prompt_new(&p, m, look, NULL, media, NULL));
+        answer a = finish(with, p, so, &cached), b = finish(without, p, so, &none);
+        assert_true(same(&a, &b));
+        if (k == 0 || k == 2) assert_int_equal(cached, 0);
+        else assert_true(cached >= 32);
+        qvl_prompt_free(p);
+        qvl_media_free(media);
+        qvl_image_free(im);
+    }
+    assert_int_equal(stat_of(with, "images_encoded") - before, 2); /* a picture whose tokens are all cached is not encoded */
+    qvl_options_free(eo);
+    qvl_options_free(off);
+    qvl_options_free(so);
+    qvl_engine_free(with);
+    qvl_engine_free(without);
+    qvl_model_free(m);
+}
+
 static void refused(void **state) {
     (void)state;
     qvl_model *m = load("1", "auto");
@@ -226,6 +307,6 @@ static void refused(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(schedules), cmocka_unit_test(threads), cmocka_unit_test(one_owner), cmocka_unit_test(refused)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(schedules), cmocka_unit_test(threads), cmocka_unit_test(one_owner), cmocka_unit_test(prefixes), cmocka_unit_test(refused)};
     return cmocka_run_group_tests_name("engine", tests, NULL, NULL);
 }

@@ -102,7 +102,8 @@ static void check_near(const char *what, const char *level, double got, double w
 }
 static void check_bits(const char *what, const char *level, const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++)
-        if (memcmp(&a[i], &b[i], 4) != 0) fail_msg("%s at %s: element %zu differs: %.9g and %.9g", what, level, i, (double)a[i], (double)b[i]);
+        if (memcmp(&a[i], &b[i], 4) != 0) fail_msg("%s at %s: element %zu differs: %.9g and %.9g", what, level, i,
+            (double)a[i], (double)b[i]);
 }
 
 /* Runs body once for each level that can be opened, on the given number of threads, as d. */
@@ -143,7 +144,8 @@ static void pack_body(qvl__device *d) {
     const int n = 53, k = 131;
     float *w = random_floats((size_t)n * k, 3.0f);
     /* Ties, subnormals, the ends of the range and signed zero. */
-    static const float special[] = {0.0f, -0.0f, 1.00390625f, 1.01171875f, 65504.0f, 65519.0f, 6.1e-5f, 5.9e-8f, 2.98e-8f, 1.00048828125f,
+    static const float special[] = {0.0f, -0.0f, 1.00390625f, 1.01171875f, 65504.0f, 65519.0f, 6.1e-5f, 5.9e-8f, 2.98e-8f,
+        1.00048828125f,
                                     1.00146484375f, -1e-7f, 1e-39f, 3.3e38f, 65535.0f};
     memcpy(w, special, sizeof special);
     for (int from = 0; from < 3; from++)
@@ -168,7 +170,8 @@ static void pack_body(qvl__device *d) {
             for (int r = 0; r < n; r++)
                 for (int i = 0; i < k; i++) {
                     float want = rounded(src[(size_t)ids[r] * k + i], types[to]), got = y[(size_t)r * k + i];
-                    if (memcmp(&want, &got, 4) != 0) fail_msg("%d to %d: %.9g became %.9g, not %.9g", from, to, (double)src[(size_t)ids[r] * k + i], (double)got, (double)want);
+                    if (memcmp(&want, &got, 4) != 0) fail_msg("%d to %d: %.9g became %.9g, not %.9g", from, to,
+                        (double)src[(size_t)ids[r] * k + i], (double)got, (double)want);
                 }
             d->matrix_free(d, &m);
             free(y);
@@ -199,7 +202,8 @@ static void matmul_case(qvl__device *d, qvl__type type, qvl__epilogue e, int row
     bool gate_up = e == QVL__EPI_SWIGLU;
     if (gate_up) n *= 2;
     int n_out = gate_up ? n / 2 : n;
-    float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)rows * k, 2.0f), *bias = random_floats((size_t)n, 1.0f);
+    float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)rows * k, 2.0f),
+        *bias = random_floats((size_t)n, 1.0f);
     float *y = random_floats((size_t)rows * n_out, 1.0f), *before = copy_floats(y, (size_t)rows * n_out);
     if (e != QVL__EPI_ADD) fill_nan(y, (size_t)rows * n_out);
     y[(size_t)rows * n_out] = 12345.0f; /* the guard */
@@ -247,7 +251,8 @@ static void matmul_body(qvl__device *d) {
         {7, 48, 600}, {12, 129, 257}, {33, 31, 513}, {97, 40, 259}, {200, 70, 90}};
     for (int t = 0; t < 3; t++)
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
-            for (int e = 0; e < 5; e++) matmul_case(d, (qvl__type)t, epilogues[e], shapes[s][0], shapes[s][1], shapes[s][2], s % 2 == 0);
+            for (int e = 0; e < 5; e++) matmul_case(d, (qvl__type)t, epilogues[e], shapes[s][0], shapes[s][1], shapes[s][2],
+                s % 2 == 0);
 }
 static void test_matmul(void **state) {
     (void)state;
@@ -262,7 +267,8 @@ static void test_matmul_bf16_math(void **state) {
     each_level(2, true, matmul_dot_body);
 }
 
-static void run_matmul(qvl__device *d, float *y, const float *y0, const float *x, int rows, const qvl__matrix *m, const float *bias, qvl__epilogue e, int step) {
+static void run_matmul(qvl__device *d, float *y, const float *y0, const float *x, int rows, const qvl__matrix *m,
+    const float *bias, qvl__epilogue e, int step) {
     size_t n_out = (size_t)(m->gate_up ? m->n / 2 : m->n);
     memcpy(y, y0, (size_t)rows * n_out * sizeof(float));
     for (int r = 0; r < rows; r += step)
@@ -279,7 +285,8 @@ static void matmul_bits_body(qvl__device *d) {
                 qvl__epilogue e = epilogues[i];
                 int rows = shapes[s][0], n_out = shapes[s][1], k = shapes[s][2], n = e == QVL__EPI_SWIGLU ? 2 * n_out : n_out;
                 size_t size = (size_t)rows * n_out;
-                float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)rows * k, 1.0f), *bias = random_floats((size_t)n, 1.0f);
+                float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)rows * k, 1.0f),
+                    *bias = random_floats((size_t)n, 1.0f);
                 float *y0 = random_floats(size, 1.0f), *y = floats(size), *z = floats(size);
                 qvl__matrix m = new_matrix(d, (qvl__type)t, n, k, e == QVL__EPI_SWIGLU, w);
                 run_matmul(d, y, y0, x, rows, &m, bias, e, rows);
@@ -351,7 +358,8 @@ static void norm_body(qvl__device *d) {
     for (size_t s = 0; s < sizeof dims / sizeof *dims; s++) {
         int n = dims[s];
         size_t size = (size_t)rows * n;
-        float *x = random_floats(size, 4.0f), *w = random_floats((size_t)n, 1.0f), *b = random_floats((size_t)n, 1.0f), *y = floats(size), *z = floats(size);
+        float *x = random_floats(size, 4.0f), *w = random_floats((size_t)n, 1.0f), *b = random_floats((size_t)n, 1.0f),
+            *y = floats(size), *z = floats(size);
         for (size_t i = 0; i < size; i++) x[i] += 1.0f;
         for (int kind = 0; kind < 2; kind++) {
             if (kind) d->layer_norm(d, y, x, w, b, rows, n, 1e-6f);
@@ -395,13 +403,15 @@ static void test_norms(void **state) {
 static void row_ops_body(qvl__device *d) {
     const int rows = 150, dim = 333, places = 60;
     size_t size = (size_t)rows * dim;
-    float *x = random_floats(size, 1.0f), *table = random_floats((size_t)places * dim, 1.0f), *y = floats(size), *want = floats(size);
+    float *x = random_floats(size, 1.0f), *table = random_floats((size_t)places * dim, 1.0f), *y = floats(size),
+        *want = floats(size);
     int32_t idx[600];
     float weight[600];
     for (int i = 0; i < 600; i++) idx[i] = random_below(places), weight[i] = random_float();
 
     d->gather_rows(d, y, table, idx, rows, dim);
-    for (int r = 0; r < rows; r++) check_bits("gather_rows", d->isa, y + (size_t)r * dim, table + (size_t)idx[r] * dim, (size_t)dim);
+    for (int r = 0; r < rows; r++) check_bits("gather_rows", d->isa, y + (size_t)r * dim, table + (size_t)idx[r] * dim,
+        (size_t)dim);
 
     /* Places repeat on purpose: the last row wins, or all are added in order. */
     for (int add = 0; add < 2; add++) {
@@ -478,7 +488,8 @@ static void route_body(qvl__device *d) {
             assert_int_equal(expert[r * TOP + k], best);
             chosen += p[best] / all;
         }
-        for (int k = 0; k < TOP; k++) check_near("moe_route", d->isa, weight[r * TOP + k], p[expert[r * TOP + k]] / all / chosen, 1e-6);
+        for (int k = 0; k < TOP; k++) check_near("moe_route", d->isa, weight[r * TOP + k],
+            p[expert[r * TOP + k]] / all / chosen, 1e-6);
         d->moe_route(d, alone_expert, alone, l, 1, EXPERTS, TOP);
         check_bits("moe_route alone", d->isa, weight + r * TOP, alone, TOP);
     }
@@ -541,7 +552,8 @@ static void run_text(qvl__device *d, const text_case *t, qvl__kv *kv, float *qkv
     qvl__ragged b = {r1 - r0, t->seq + r0, t->pos + r0, t->table, t->stride};
     size_t ld = (size_t)(t->heads + 2 * t->kv_heads) * (size_t)t->n, half = (size_t)t->n / 2;
     memcpy(qkv + (size_t)r0 * ld, t->qkv0 + (size_t)r0 * ld, (size_t)(r1 - r0) * ld * sizeof(float));
-    d->qk_norm_rope_kv(d, qkv + (size_t)r0 * ld, t->heads, t->q_norm, t->k_norm, 1e-6f, t->cos + (size_t)r0 * half, t->sin + (size_t)r0 * half, kv, 1, &b);
+    d->qk_norm_rope_kv(d, qkv + (size_t)r0 * ld, t->heads, t->q_norm, t->k_norm, 1e-6f, t->cos + (size_t)r0 * half,
+        t->sin + (size_t)r0 * half, kv, 1, &b);
     d->attention_paged(d, out + (size_t)r0 * (size_t)(t->heads * t->n), qkv + (size_t)r0 * ld, t->heads, kv, 1, &b);
 }
 
@@ -591,13 +603,15 @@ static void paged_body(qvl__device *d) {
     static const struct {
         int heads, kv_heads, n;
         int lengths[SEQS];
-    } cases[] = {{2, 2, 64, {1, 33, 70, 5}}, {4, 2, 128, {40, 1, 32, 31}}, {8, 2, 64, {100, 2, 65, 64}}, {8, 1, 128, {7, 97, 1, 33}}, {3, 3, 72, {20, 64, 3, 45}}, {2, 1, 18, {33, 31, 34, 1}}, {70, 1, 8, {35, 1, 2, 3}}};
+    } cases[] = {{2, 2, 64, {1, 33, 70, 5}}, {4, 2, 128, {40, 1, 32, 31}}, {8, 2, 64, {100, 2, 65, 64}}, 
+                 {8, 1, 128, {7, 97, 1, 33}}, {3, 3, 72, {20, 64, 3, 45}}, {2, 1, 18, {33, 31, 34, 1}}, {70, 1, 8, {35, 1, 2, 3}}};
     qvl__pool *pool1, *pool3;
     qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
         for (int type = QVL__F32; type <= QVL__BF16; type++) {
             text_case t = new_text(cases[c].heads, cases[c].kv_heads, cases[c].n, cases[c].lengths);
-            size_t q_size = (size_t)t.rows * (size_t)((t.heads + 2 * t.kv_heads) * t.n), o_size = (size_t)t.rows * (size_t)(t.heads * t.n);
+            size_t q_size = (size_t)t.rows * (size_t)((t.heads + 2 * t.kv_heads) * t.n),
+                o_size = (size_t)t.rows * (size_t)(t.heads * t.n);
             float *qkv = floats(q_size), *out = floats(o_size), *z = floats(o_size);
             qvl__kv kv;
             assert_int_equal(d->kv_new(d, &kv, (qvl__type)type, 2, t.kv_heads, t.n, t.blocks), 0);
@@ -608,7 +622,8 @@ static void paged_body(qvl__device *d) {
             static const int steps[] = {1, 7, 32, 50};
             for (size_t s = 0; s < sizeof steps / sizeof *steps; s++) { /* chunked prefill; 1 is decoding */
                 poison(&kv);
-                for (int r = 0; r < t.rows; r += steps[s]) run_text(d, &t, &kv, qkv, z, r, r + steps[s] < t.rows ? r + steps[s] : t.rows);
+                for (int r = 0; r < t.rows; r += steps[s]) run_text(d, &t, &kv, qkv, z, r,
+                    r + steps[s] < t.rows ? r + steps[s] : t.rows);
                 check_bits("attention in chunks", d->isa, out, z, o_size);
             }
             for (int k = 0; k < 2; k++) {
@@ -620,7 +635,8 @@ static void paged_body(qvl__device *d) {
             fill_nan(z, o_size);
             for (int r = t.rows - 1; r >= 0; r--) {
                 qvl__ragged b = {1, t.seq + r, t.pos + r, t.table, t.stride};
-                d->attention_paged(d, z + (size_t)r * (size_t)(t.heads * t.n), qkv + (size_t)r * (size_t)((t.heads + 2 * t.kv_heads) * t.n), t.heads, &kv, 1, &b);
+                d->attention_paged(d, z + (size_t)r * (size_t)(t.heads * t.n),
+                    qkv + (size_t)r * (size_t)((t.heads + 2 * t.kv_heads) * t.n), t.heads, &kv, 1, &b);
             }
             check_bits("attention of a row alone", d->isa, out, z, o_size);
             d->kv_free(d, &kv);
@@ -660,7 +676,8 @@ static void decode_body(qvl__device *d) {
     d->attention_paged(d, z, q, heads, &kv, 1, &b);
     for (int s = 0, end = 0; s < SEQS; s++) {
         end += lengths[s];
-        check_bits("decode batch", d->isa, z + (size_t)s * (size_t)(heads * n), out + (size_t)(end - 1) * (size_t)(heads * n), (size_t)(heads * n));
+        check_bits("decode batch", d->isa, z + (size_t)s * (size_t)(heads * n),
+            out + (size_t)(end - 1) * (size_t)(heads * n), (size_t)(heads * n));
         for (int i = 0; i < heads * n; i++) assert_true(isfinite(z[(size_t)s * (size_t)(heads * n) + (size_t)i]));
     }
     d->kv_free(d, &kv);
@@ -681,7 +698,8 @@ static void vision_body(qvl__device *d) {
     qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         int span = cases[c][1], rows = cases[c][0] * span, heads = cases[c][2], n = cases[c][3], ld = 3 * heads * n;
-        float *x = random_floats((size_t)rows * ld, 2.0f), *qkv = copy_floats(x, (size_t)rows * ld), *out = floats((size_t)rows * heads * n), *z = floats((size_t)rows * heads * n);
+        float *x = random_floats((size_t)rows * ld, 2.0f), *qkv = copy_floats(x, (size_t)rows * ld),
+            *out = floats((size_t)rows * heads * n), *z = floats((size_t)rows * heads * n);
         float *cs = random_floats((size_t)span * n / 2, 1.0f), *sn = random_floats((size_t)span * n / 2, 1.0f);
         d->rope_vision(d, qkv, rows, heads, n, cs, sn, span);
         for (int r = 0; r < rows; r++)
@@ -691,7 +709,8 @@ static void vision_body(qvl__device *d) {
                     size_t a = (size_t)(r % span) * n / 2 + i % (n / 2);
                     double other = i < n / 2 ? -v[i + n / 2] : v[i - n / 2];
                     double want = h < 2 * heads ? v[i] * (double)cs[a] + other * sn[a] : v[i];
-                    check_near("rope_vision", d->isa, qkv[(size_t)r * ld + h * n + i], want, h < 2 * heads ? 4 * U * (fabs(v[i]) + fabs(other)) : 0);
+                    check_near("rope_vision", d->isa, qkv[(size_t)r * ld + h * n + i], want,
+                        h < 2 * heads ? 4 * U * (fabs(v[i]) + fabs(other)) : 0);
                 }
         void *scratch = must(malloc(d->attention_full_scratch(d, span, n)));
         void *scratch3 = must(malloc(d3->attention_full_scratch(d3, span, n)));
@@ -721,7 +740,8 @@ static void vision_body(qvl__device *d) {
         memset(scratch3, 0xff, d3->attention_full_scratch(d3, span, n));
         d3->attention_full(d3, z, qkv, rows, span, heads, n, scratch3);
         check_bits("attention_full on 3 threads", d->isa, out, z, (size_t)rows * heads * n);
-        for (int r = 0; r < rows; r += span) d->attention_full(d, z + (size_t)r * heads * n, qkv + (size_t)r * ld, span, span, heads, n, scratch);
+        for (int r = 0; r < rows; r += span) d->attention_full(d, z + (size_t)r * heads * n, qkv + (size_t)r * ld, span,
+            span, heads, n, scratch);
         check_bits("attention_full span by span", d->isa, out, z, (size_t)rows * heads * n);
         free(scratch3), free(scratch), free(sn), free(cs), free(z), free(out), free(qkv), free(x);
     }
@@ -755,10 +775,11 @@ static void test_refusals(void **state) {
     each_level(1, false, refuse_body);
 }
 
-#define OPS_TESTS                                                                                                          \
-    cmocka_unit_test(test_pack_embed), cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_bf16_math),             \
-        cmocka_unit_test(test_matmul_bits), cmocka_unit_test(test_matmul_bits_bf16_math), cmocka_unit_test(test_activations), \
-        cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), cmocka_unit_test(test_moe_route),                    \
-        cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
+#define OPS_TESTS                                                                                       \
+    cmocka_unit_test(test_pack_embed), cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_bf16_math), \
+        cmocka_unit_test(test_matmul_bits), cmocka_unit_test(test_matmul_bits_bf16_math),               \
+        cmocka_unit_test(test_activations), cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), \
+        cmocka_unit_test(test_moe_route), cmocka_unit_test(test_attention_paged),                       \
+        cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
 
 #endif

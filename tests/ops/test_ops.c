@@ -118,7 +118,8 @@ static void bench(int threads) {
                 if (t < best) best = t;
             }
             double gf = 2.0 * rows[r] * n * k / best / 1e6;
-            printf("  %-4s %3d rows %d x %d: %7.3f ms %6.1f GB/s %6.1f GFLOP/s %5.1f %% of peak\n", names[type], rows[r], k, n, best, (double)m[0].bytes / best / 1e6,
+            printf("  %-4s %3d rows %d x %d: %7.3f ms %6.1f GB/s %6.1f GFLOP/s %5.1f %% of peak\n", names[type], rows[r], k,
+                n, best, (double)m[0].bytes / best / 1e6,
                    gf, peak > 0 ? 100 * gf / peak / threads : 0);
         }
         for (int i = 0; i < 4; i++) d->matrix_free(d, &m[i]);
@@ -130,7 +131,8 @@ static void bench(int threads) {
         qvl__kv kv;
         d->kv_new(d, &kv, (qvl__type)type, 4, kv_heads, dim, depth / QVL__KV_BLOCK);
         int32_t table[64], seq[512] = {0}, pos[512];
-        float *qkv = random_floats((size_t)512 * ld, 1.0f), *out = floats((size_t)512 * heads * dim), *ones = floats((size_t)512 * dim);
+        float *qkv = random_floats((size_t)512 * ld, 1.0f), *out = floats((size_t)512 * heads * dim),
+            *ones = floats((size_t)512 * dim);
         for (int i = 0; i < 64; i++) table[i] = 63 - i;
         for (int i = 0; i < 512 * dim; i++) ones[i] = 1.0f;
         for (int layer = 0; layer < 4; layer++)
@@ -150,7 +152,8 @@ static void bench(int threads) {
                 if (t < best) best = t;
             }
             double keys = counts[c] == 1 ? depth : 512 * (depth - 255.5);
-            printf("  attention_paged, %s cache, %3d rows at depth 2048, %d/%d heads of %d: %7.3f ms", names[type], counts[c], heads, kv_heads, dim, best);
+            printf("  attention_paged, %s cache, %3d rows at depth 2048, %d/%d heads of %d: %7.3f ms", names[type],
+                counts[c], heads, kv_heads, dim, best);
             if (counts[c] == 1) printf(" %5.1f GB/s\n", (double)kv.block_bytes / 4 * 64 / best / 1e6);
             else printf(" %5.1f GFLOP/s\n", 4.0 * keys * heads * dim / best / 1e6);
         }
@@ -167,7 +170,8 @@ static void bench(int threads) {
         double t = qvl__now_ms() - t0;
         if (t < best) best = t;
     }
-    printf("  attention_full, span %d, 16 heads of %d: %.2f ms %.1f GFLOP/s\n", span, vd, best, 4.0 * span * span * 16 * vd / best / 1e6);
+    printf("  attention_full, span %d, 16 heads of %d: %.2f ms %.1f GFLOP/s\n", span, vd, best,
+        4.0 * span * span * 16 * vd / best / 1e6);
     free(scratch), free(out), free(qkv);
     d->close(d);
     qvl__pool_free(pool);

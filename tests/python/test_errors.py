@@ -6,7 +6,6 @@ the answer they give without the bad input.
 import base64
 import json
 import os
-import pathlib
 import re
 import struct
 import zlib
@@ -16,7 +15,7 @@ import pytest
 
 import qvl
 import support
-from support import GOLDEN, drain, image_path, user
+from support import drain, image_path, user
 
 CASES = []
 

@@ -202,7 +202,7 @@ class Handle:
         self._pointer = pointer.value
         self._finalizer = weakref.finalize(self, free, self._pointer)
         # At exit the process gives everything back, and a daemon thread may still be using the handle.
-        self._finalizer.atexit = False
+        self._finalizer.atexit = False  # type: ignore[misc]
 
     def close(self) -> None:
         """Frees the handle now. Using the object afterwards raises Error (QVL_EMISUSE). Safe to call twice; must not be
@@ -358,7 +358,7 @@ def take_array(pointer: C.c_void_p, shape: tuple, dtype: Any) -> np.ndarray:
         lib.qvl_free(pointer)
 
 
-def copy_array(address: Optional[int], shape: tuple, dtype: Any) -> np.ndarray:
+def copy_array(address: Any, shape: tuple, dtype: Any) -> np.ndarray:
     """A copy of memory that the library keeps."""
     out = np.empty(shape, dtype)
     if out.nbytes:

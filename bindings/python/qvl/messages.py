@@ -114,7 +114,7 @@ class _Splitter:
         return _bare(part, "image")
 
     def video(self, part: dict) -> dict:
-        value = part.get("video")
+        value: Any = part.get("video")
         if value is None and self.spare and _is_frames(self.spare[0]):
             value = self.spare.pop(0)
         if isinstance(value, os.PathLike):

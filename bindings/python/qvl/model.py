@@ -25,6 +25,7 @@ class Tokenizer(Handle):
     """A tokenizer, from a directory with tokenizer.json or with vocab.json and merges.txt. Immutable, any thread."""
 
     __slots__ = ("_model",)
+    _model: "Model"
 
     def __init__(self, directory: Union[str, os.PathLike]) -> None:
         out = C.c_void_p()
@@ -170,8 +171,9 @@ class Stream(Iterator[Event]):
         usage = {k: figures[k] for k in ("prompt_tokens", "completion_tokens", "image_tokens")}
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
         self.completion = Completion(
-            "".join(self._text), "".join(self._reasoning) if self._thinking else None, self._tokens, event.finish_reason or "", usage,
-            self._logprobs or None, {k: v for k, v in figures.items() if k.endswith("_ms")}, np.stack(self._logits) if self._logits else None)
+            "".join(self._text), "".join(self._reasoning) if self._thinking else None, self._tokens, event.finish_reason or "",
+            usage, self._logprobs or None, {k: v for k, v in figures.items() if k.endswith("_ms")},
+            np.stack(self._logits) if self._logits else None)
         self.close()
 
     def close(self) -> None:
@@ -271,7 +273,8 @@ class Model(Handle):
             check(lib.qvl_encode_image(self, to_image(image), o, C.byref(out)))
         return Embedding._adopt(out)
 
-    def prompt(self, messages: Any, images: Optional[Sequence[Any]] = None, tools: Optional[Sequence[Any]] = None, **options: Any) -> Prompt:
+    def prompt(self, messages: Any, images: Optional[Sequence[Any]] = None, tools: Optional[Sequence[Any]] = None,
+               **options: Any) -> Prompt:
         """Messages to a Prompt. A content is a string (which may hold ![alt](data:image/...;base64,...)) or a list of parts:
 
             {"type": "text", "text": ...}

@@ -31,7 +31,8 @@ int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int
     memset(kv, 0, sizeof *kv);
     if (type != QVL__F32 && type != QVL__BF16) return qvl__fail(QVL_EUNSUPPORTED, "the KV cache is F32 or BF16");
     if (layers <= 0 || kv_heads <= 0 || blocks <= 0 || head_dim <= 0)
-        return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d layers, %d heads of %d and %d blocks", layers, kv_heads, head_dim, blocks);
+        return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d layers, %d heads of %d and %d blocks", layers, kv_heads,
+            head_dim, blocks);
     if (head_dim % 2 || head_dim > QVL__ATTN_MAX_DIM)
         return qvl__fail(QVL_EUNSUPPORTED, "head_dim is %d: it must be even and at most %d", head_dim, QVL__ATTN_MAX_DIM);
     size_t block = 2 * half_bytes(type, padded(head_dim)); /* at most 2^17 */
@@ -51,11 +52,13 @@ void qvl__cpu_kv_free(qvl__device *d, qvl__kv *kv) {
 
 /* Block 0 of a layer and KV head; block b lies b * block_bytes further. */
 static char *kv_base(const qvl__kv *kv, int layer, int head) {
-    return (char *)kv->data + ((size_t)layer * (size_t)kv->kv_heads + (size_t)head) * 2 * half_bytes(kv->type, padded(kv->head_dim));
+    size_t one = 2 * half_bytes(kv->type, padded(kv->head_dim));
+    return (char *)kv->data + ((size_t)layer * (size_t)kv->kv_heads + (size_t)head) * one;
 }
 
 /* Token t (0..31) of a block. tmp is room for head_dim numbers of 16 bits. */
-static void store_k(const struct qvl__kern *k, qvl__type type, char *block, int t, int dim, const float *x, int n, uint16_t *tmp) {
+static void store_k(const struct qvl__kern *k, qvl__type type, char *block, int t, int dim, const float *x, int n,
+    uint16_t *tmp) {
     if (type == QVL__F32) {
         float *p = (float *)(void *)block + (size_t)(t / 16) * (size_t)dim * 16 + t % 16;
         for (int i = 0; i < n; i++) p[(size_t)i * 16] = x[i];
@@ -194,12 +197,14 @@ static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
         k->gemm(type, t->s + (size_t)first * BLOCK, BLOCK, t->q + (size_t)first * dim, dim, kp, k_panel, t->rows - first, 2,
                 ks->head_dim, false);
         for (int r = first; r < t->rows; r++)
-            k->softmax_step(t->s + (size_t)r * BLOCK, row_keys(t, r, b), scale, &t->max[r], &t->sum[r], t->o + (size_t)r * dim, ks->dim);
+            k->softmax_step(t->s + (size_t)r * BLOCK, row_keys(t, r, b), scale, &t->max[r], &t->sum[r],
+                t->o + (size_t)r * dim, ks->dim);
         if (next) prefetch(next + half_bytes(ks->type, ks->dim), half_bytes(ks->type, ks->dim));
         for (int r = first, end; r < t->rows; r = end) { /* rows that see equally many keys go together */
             int n = row_keys(t, r, b);
             for (end = r + 1; end < t->rows && row_keys(t, end, b) == n; end++) {}
-            k->gemm(type, t->o + (size_t)r * dim, dim, t->s + (size_t)r * BLOCK, BLOCK, vp, v_panel, end - r, ks->dim / QVL__PANEL, n, true);
+            k->gemm(type, t->o + (size_t)r * dim, dim, t->s + (size_t)r * BLOCK, BLOCK, vp, v_panel, end - r,
+                ks->dim / QVL__PANEL, n, true);
         }
     }
 }
@@ -241,7 +246,8 @@ static void paged_task(void *ctx, int task, int worker) {
     const struct qvl__kern *k = qvl__cpu_kern(j->d);
     attend(k, &ks, &t);
     for (int i = 0; i < t.rows; i++)
-        k->divide(j->out + ((size_t)(first + i / gn) * (size_t)j->heads + h0 + (size_t)(i % gn)) * n, t.o + (size_t)i * (size_t)ks.dim,
+        k->divide(j->out + ((size_t)(first + i / gn) * (size_t)j->heads + h0 + (size_t)(i % gn)) * n,
+            t.o + (size_t)i * (size_t)ks.dim,
                   t.sum[i], kv->head_dim);
 }
 
@@ -319,11 +325,13 @@ static void full_task(void *ctx, int task, int worker) {
         tile_add(&t, &ks, j->qkv + (row0 + (size_t)r) * 3 * (size_t)j->heads * n + (size_t)head * n, j->span);
     attend(k, &ks, &t);
     for (int i = 0; i < t.rows; i++)
-        k->divide(j->out + ((row0 + (size_t)(r0 + i)) * (size_t)j->heads + (size_t)head) * n, t.o + (size_t)i * (size_t)j->dim, t.sum[i],
+        k->divide(j->out + ((row0 + (size_t)(r0 + i)) * (size_t)j->heads + (size_t)head) * n,
+            t.o + (size_t)i * (size_t)j->dim, t.sum[i],
                   j->head_dim);
 }
 
-void qvl__cpu_attention_full(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim, void *scratch) {
+void qvl__cpu_attention_full(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim,
+    void *scratch) {
     if (rows <= 0) return;
     int slices = qvl__cpu_threads(d), dim = padded(head_dim), pairs = rows / span * heads;
     full_job j = {.d = d, .out = out, .qkv = qkv, .span = span, .heads = heads, .head_dim = head_dim, .dim = dim};

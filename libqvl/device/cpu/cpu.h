@@ -65,7 +65,8 @@ void qvl__cpu_matrix_free(qvl__device *d, qvl__matrix *m);
 void qvl__cpu_embed(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows);
 
 /* gemm.c */
-void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias, qvl__epilogue e);
+void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias,
+    qvl__epilogue e);
 
 /* attention.c */
 int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks);

@@ -52,7 +52,8 @@ static void accumulate(const job *j, float *scratch, int r0, int rows, int p0, i
             uint32_t *pairs = (uint32_t *)(void *)a;
             for (int r = 0; r < rows; r++)
                 kern->narrow((uint16_t *)(void *)(pairs + (size_t)r * lda), x + (size_t)r * (size_t)k + k0, n);
-            kern->gemm_dot(acc, ldc, pairs, lda, panels + (size_t)k0 * QVL__PANEL * 2, panel_bytes, rows, count, (n + 1) / 2, k0 > 0);
+            kern->gemm_dot(acc, ldc, pairs, lda, panels + (size_t)k0 * QVL__PANEL * 2, panel_bytes, rows, count, (n + 1) / 2,
+                k0 > 0);
         }
         return;
     }
@@ -78,7 +79,8 @@ static void accumulate(const job *j, float *scratch, int r0, int rows, int p0, i
             int np = count - p < kern->np ? count - p : kern->np;
             for (int i = 0; i < np; i++)
                 kern->widen(w->type, slice + (size_t)i * slice_floats, from + (size_t)(p + i) * panel_bytes, n);
-            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, a, lda, slice, slice_floats * sizeof(float), rows, np, n, k0 > 0);
+            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, a, lda, slice, slice_floats * sizeof(float), rows, np, n,
+                k0 > 0);
         }
     }
 }
@@ -97,10 +99,12 @@ static void matmul_task(void *ctx, int task, int worker) {
     if (n > j->n_out - c0) n = j->n_out - c0;
     const float *bias = j->bias ? j->bias + c0 : NULL, *bias2 = j->bias && j->unit == 2 ? j->bias + j->n_out + c0 : NULL;
     for (int r = r0; r < r1; r++)
-        j->k->epilogue(j->e, j->y + (size_t)r * (size_t)j->n_out + c0, acc + (size_t)(r - r0) * (size_t)count * QVL__PANEL, bias, bias2, n);
+        j->k->epilogue(j->e, j->y + (size_t)r * (size_t)j->n_out + c0, acc + (size_t)(r - r0) * (size_t)count * QVL__PANEL,
+            bias, bias2, n);
 }
 
-void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias, qvl__epilogue e) {
+void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias,
+    qvl__epilogue e) {
     if (rows <= 0) return;
     const struct qvl__kern *k = qvl__cpu_kern(d);
     int threads = qvl__cpu_threads(d), unit = w->gate_up ? 2 : 1;

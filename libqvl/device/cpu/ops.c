@@ -72,7 +72,8 @@ static void layer_task(void *ctx, int task, int worker) {
     FOR_ROWS(j, task) j->k->layer_norm(j->y + (size_t)r * dim, j->x + (size_t)r * dim, j->w, j->b, j->dim, j->eps);
 }
 
-static void cpu_layer_norm(qvl__device *d, float *y, const float *x, const float *w, const float *b, int rows, int dim, float eps) {
+static void cpu_layer_norm(qvl__device *d, float *y, const float *x, const float *w, const float *b, int rows, int dim,
+    float eps) {
     row_job j = {.y = y, .x = x, .w = w, .b = b, .rows = rows, .dim = dim, .eps = eps};
     run_rows(d, &j, (size_t)dim, layer_task);
 }
@@ -89,11 +90,13 @@ static void cpu_gather_rows(qvl__device *d, float *y, const float *x, const int3
 static void interpolate_task(void *ctx, int task, int worker) {
     FOR_ROWS(j, task) {
         for (int c = 0; c < 4; c++)
-            j->k->axpy(j->y + (size_t)r * dim, j->x + (size_t)j->idx[(size_t)r * 4 + (size_t)c] * dim, j->w[(size_t)r * 4 + (size_t)c], j->dim);
+            j->k->axpy(j->y + (size_t)r * dim, j->x + (size_t)j->idx[(size_t)r * 4 + (size_t)c] * dim,
+                j->w[(size_t)r * 4 + (size_t)c], j->dim);
     }
 }
 
-static void cpu_add_interpolated(qvl__device *d, float *y, const float *table, const int32_t *index, const float *weight, int rows, int dim) {
+static void cpu_add_interpolated(qvl__device *d, float *y, const float *table, const int32_t *index, const float *weight,
+    int rows, int dim) {
     row_job j = {.y = y, .x = table, .idx = index, .w = weight, .rows = rows, .dim = dim};
     run_rows(d, &j, 4 * (size_t)dim, interpolate_task);
 }
@@ -107,7 +110,8 @@ static void rope_task(void *ctx, int task, int worker) {
     }
 }
 
-static void cpu_rope_vision(qvl__device *d, float *qkv, int rows, int heads, int head_dim, const float *cos, const float *sin, int span) {
+static void cpu_rope_vision(qvl__device *d, float *qkv, int rows, int heads, int head_dim, const float *cos,
+    const float *sin, int span) {
     row_job j = {.y = qkv, .w = cos, .b = sin, .rows = rows, .dim = head_dim, .heads = heads, .span = span};
     run_rows(d, &j, 2 * (size_t)heads * (size_t)head_dim, rope_task);
 }
@@ -116,7 +120,8 @@ static void cpu_rope_vision(qvl__device *d, float *qkv, int rows, int heads, int
 static void scatter_task(void *ctx, int task, int worker) {
     (void)worker;
     const row_job *j = ctx;
-    size_t dim = (size_t)j->dim, c0 = (size_t)qvl__cpu_cut(j->dim, task, j->tasks), c1 = (size_t)qvl__cpu_cut(j->dim, task + 1, j->tasks);
+    size_t dim = (size_t)j->dim;
+    size_t c0 = (size_t)qvl__cpu_cut(j->dim, task, j->tasks), c1 = (size_t)qvl__cpu_cut(j->dim, task + 1, j->tasks);
     for (int r = 0; r < j->rows; r++) {
         float *y = j->y + (size_t)j->idx[r] * dim + c0;
         const float *x = j->x + (size_t)r * dim + c0;
@@ -136,7 +141,8 @@ static void cpu_scatter_rows(qvl__device *d, float *y, const float *x, const int
     qvl__pool_run(d->pool, j.tasks, scatter_task, &j);
 }
 
-static void cpu_scatter_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim) {
+static void cpu_scatter_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows,
+    int dim) {
     if (rows <= 0 || dim <= 0) return;
     row_job j = {.k = qvl__cpu_kern(d), .y = y, .x = x, .w = scale, .idx = idx, .rows = rows, .dim = dim};
     j.tasks = qvl__cpu_tasks(d, dim, (size_t)rows);

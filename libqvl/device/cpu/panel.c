@@ -24,7 +24,8 @@ size_t qvl__cpu_panel_bytes(qvl__type type, int k) {
 int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up) {
     (void)d;
     memset(m, 0, sizeof *m);
-    if (n <= 0 || k <= 0 || (gate_up && n % 2)) return qvl__fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
+    if (n <= 0 || k <= 0 || (gate_up && n % 2))
+        return qvl__fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
     size_t panels = gate_up ? 2 * (size_t)qvl__div_up(n / 2, QVL__PANEL) : (size_t)qvl__div_up(n, QVL__PANEL);
     size_t one = qvl__cpu_panel_bytes(type, k);
     if (panels > SIZE_MAX / one) return qvl__fail(QVL_ENOMEM, "a weight of %d by %d does not fit the address space", n, k);
@@ -136,7 +137,8 @@ static void turn(uint32_t *out, const uint32_t t[][CHUNK], int cols, int n) {
     int j = 0, n4 = n / 4 * 4;
     for (; j + 4 <= cols; j += 4) {
         for (int i = 0; i < n4; i += 4) {
-            quad a = *(const quad *)&t[j][i], b = *(const quad *)&t[j + 1][i], c = *(const quad *)&t[j + 2][i], d = *(const quad *)&t[j + 3][i];
+            quad a = *(const quad *)&t[j][i], b = *(const quad *)&t[j + 1][i], c = *(const quad *)&t[j + 2][i],
+                d = *(const quad *)&t[j + 3][i];
             quad ab_lo = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_hi = __builtin_shufflevector(a, b, 2, 6, 3, 7);
             quad cd_lo = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_hi = __builtin_shufflevector(c, d, 2, 6, 3, 7);
             uint32_t *to = out + (size_t)i * QVL__PANEL + j;
@@ -183,7 +185,8 @@ static void put_task(void *ctx, int task, int worker) {
     int lo = panel * QVL__PANEL, hi = lo + QVL__PANEL;
     if (lo < p->first) lo = p->first;
     if (hi > p->end) hi = p->end;
-    pack_panel(p->m, (char *)p->m->data + ((size_t)panel * (size_t)p->unit + (size_t)p->part) * qvl__cpu_panel_bytes(p->m->type, p->m->k),
+    size_t at = ((size_t)panel * (size_t)p->unit + (size_t)p->part) * qvl__cpu_panel_bytes(p->m->type, p->m->k);
+    pack_panel(p->m, (char *)p->m->data + at,
                lo % QVL__PANEL, hi - lo, p->src_type,
                p->src + (size_t)(lo - p->first) * (size_t)p->m->k * qvl__type_size(p->src_type));
 }

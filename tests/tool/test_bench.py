@@ -1,0 +1,70 @@
+"""test_bench.py - qvl bench: the form of its results is a contract (docs/tool.md)."""
+import json
+
+import pytest
+from conftest import TINY, qvl
+
+
+def bench(*args):
+    p = qvl("bench", "--json", *args)
+    assert p.returncode == 0 and p.stderr == "", p.stderr
+    out = json.loads(p.stdout)
+    assert isinstance(out, list) and out[-1]["test"] == "memory" and len(out) > 1
+    assert out[-1]["peak_rss_bytes"] > out[-1]["weight_bytes"] > 0
+    for r in out[:-1]:
+        assert r["test"] in ("prefill", "decode", "image", "load")
+        assert r["unit"] == ("tokens/s" if r["test"] in ("prefill", "decode") else "ms")
+        assert all(isinstance(r[k], int) for k in ("n", "depth", "streams"))
+        assert all(v > 0 for v in r["values"])
+    return {r["test"]: r for r in out}
+
+
+def test_standard_set():
+    out = bench("-m", TINY, "--repeat", "2")
+    assert set(out) == {"prefill", "decode", "image", "load", "memory"}
+    assert (out["prefill"]["n"], out["decode"]["n"], out["image"]["size"]) == (512, 64, "448x448")
+    assert all(len(out[t]["values"]) == 2 and out[t]["depth"] == 0 and out[t]["streams"] == 1 for t in out if t != "memory")
+    assert out["prefill"]["values"][0] > out["decode"]["values"][0]
+
+
+@pytest.mark.parametrize("args, tests", [
+    (["--prefill", "33"], {"prefill"}),
+    (["--decode", "5"], {"decode"}),
+    (["--image", "100x60"], {"image"}),
+    (["--load"], {"load"}),
+    (["--prefill", "16", "--decode", "4"], {"prefill", "decode"}),
+])
+def test_only_what_was_asked_for(args, tests):
+    out = bench(*args, "--repeat", "1")
+    assert set(out) == tests | {"memory"}
+    assert all(len(out[t]["values"]) == 1 for t in tests)
+
+
+@pytest.mark.parametrize("depth, streams", [(0, 3), (64, 1), (700, 1), (513, 3), (40, 20)])
+def test_depth_and_streams(depth, streams):
+    out = bench("--prefill", "48", "--decode", "6", "--depth", depth, "--streams", streams, "--repeat", "1")
+    for t in ("prefill", "decode"):
+        assert (out[t]["depth"], out[t]["streams"]) == (depth, streams)
+
+
+def test_context_grows_with_the_test_and_has_the_models_limit():
+    assert bench("--prefill", "3000", "--repeat", "1")["prefill"]["n"] == 3000
+    p = qvl("bench", "--prefill", "5000", "--repeat", "1")
+    assert p.returncode == 1 and "4096" in p.stderr  # max_position_embeddings of qvl-tiny: nothing is clamped
+
+
+def test_options_reach_the_model():
+    out = bench("--decode", "2", "--repeat", "1", "--dtype", "f32", "-t", "1")["decode"]
+    assert (out["kv_dtype"], out["bf16_math"], out["threads"]) == ("f32", False, 1)
+    small, large = (bench("--image", "448x448", "--max-pixels", n, "--repeat", "1")["image"]["n"] for n in ("16384", "65536"))
+    assert small < large
+
+
+def test_table():
+    p = qvl("bench", "--prefill", "32", "--decode", "4", "--image", "64x64", "--repeat", "3")
+    assert p.returncode == 0 and p.stderr == ""
+    rows = [line.split() for line in p.stdout.splitlines()]
+    assert [r[0] for r in rows[2:5]] == ["image", "prefill", "decode"] and "peak memory" in p.stdout
+    for r in rows[2:5]:
+        median, low, high = map(float, r[4:7])
+        assert low <= median <= high
