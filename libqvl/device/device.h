@@ -21,7 +21,7 @@ static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : 2;
 typedef struct qvl__device qvl__device;
 
 /* A packed weight of n output features by k inputs. How data is laid out is the device's business; on the CPU: panels
- * of 16 output columns, see cpu/pack.c. */
+ * of 16 output columns, see cpu/panel.c. */
 typedef struct {
     qvl__type type;
     int n, k;

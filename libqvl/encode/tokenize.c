@@ -45,7 +45,7 @@ static int compile_pattern(qvl_tokenizer *t) {
         return qvl__fail(QVL_EUNSUPPORTED, "PCRE2 cannot compile the pre-tokenizer: %s at %zu; it must be built with Unicode support",
                          pcre2_text(code, text), (size_t)at);
     }
-    pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* may be missing or forbidden; pcre2_match then interprets, ten times slower */
+    pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* may be missing or forbidden: pcre2_match then interprets */
     t->regex = re;
     return 0;
 }

@@ -115,9 +115,7 @@ void qvl__batch_name_blocks(qvl_engine *e) {
     for (int i = 0; e->prefix_cache && i < e->n_running; i++) {
         qvl__request *r = e->running[i];
         for (; (r->named + 1) * QVL__KV_BLOCK <= r->cached; r->named++) {
-            int first = r->named * QVL__KV_BLOCK;
-            if (first + QVL__KV_BLOCK > r->prompt_n)
-                r->keys[r->named] = qvl__prefix_key(r->named ? r->keys[r->named - 1] : (qvl__key){0}, r->prompt, r->answer, first);
+            if ((r->named + 1) * QVL__KV_BLOCK > r->prompt_n) qvl__request_key(r, r->named);
             qvl__blocks_name(&e->blocks, r->table[r->named], r->keys[r->named]);
         }
     }

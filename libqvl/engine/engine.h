@@ -100,6 +100,8 @@ struct qvl_engine {
 
 /* ---- queue.c ---- */
 void qvl__request_free(qvl__request *r);
+/* Computes keys[block] of a block that is full: of the prompt, or of the answer as well. */
+void qvl__request_key(qvl__request *r, int block);
 /* Moves the inbox behind the waiting list. */
 void qvl__queue_drain(qvl_engine *e);
 /* Forgets an ended request and counts how it ended. */

@@ -24,6 +24,26 @@ void qvl__request_free(qvl__request *r) {
     qvl__free(r);
 }
 
+void qvl__request_key(qvl__request *r, int block) {
+    const qvl_prompt *p = r->prompt;
+    int first = block * QVL__KV_BLOCK, n = 0, lo = 0, hi = p->n_runs;
+    int32_t tokens[QVL__KV_BLOCK];
+    qvl__mark marks[QVL__KV_BLOCK]; /* a run has at least one token */
+    for (int i = 0; i < QVL__KV_BLOCK; i++)
+        tokens[i] = first + i < r->prompt_n ? p->tokens[first + i] : r->answer[first + i - r->prompt_n];
+    while (lo < hi) { /* the first run that ends behind `first`; runs ascend */
+        int mid = (lo + hi) / 2;
+        if (p->runs[mid].start + (size_t)p->runs[mid].tokens <= (size_t)first) lo = mid + 1;
+        else hi = mid;
+    }
+    for (; lo < p->n_runs && p->runs[lo].start < (size_t)first + QVL__KV_BLOCK; lo++) {
+        const qvl__run *run = &p->runs[lo];
+        int at = (int)run->start > first ? (int)run->start - first : 0;
+        marks[n++] = (qvl__mark){at, run->offset + first + at - (int)run->start, p->visuals[run->visual]->hash};
+    }
+    r->keys[block] = qvl__prefix_key(block ? r->keys[block - 1] : (qvl__key){0}, tokens, marks, n);
+}
+
 /* Option stop_token_ids: a JSON array of ids. */
 static int read_stop_ids(qvl__request *r, const qvl_options *o, int vocab) {
     const char *text = qvl__opt_str(o, "stop_token_ids");
@@ -73,8 +93,8 @@ static int read_request(qvl__request *r, qvl_engine *e, const qvl_prompt *p, con
     r->answer = qvl__array(NULL, (size_t)r->max_tokens, sizeof *r->answer);
     r->keys = qvl__array(NULL, (size_t)r->n_blocks, sizeof *r->keys);
     if (!r->table || !r->embeddings || !r->answer || !r->keys) return QVL_ENOMEM;
-    qvl__key before = {0}; /* here, on the caller's thread, rather than in a step */
-    for (int i = 0; e->prefix_cache && i < r->prompt_n / QVL__KV_BLOCK; i++) before = r->keys[i] = qvl__prefix_key(before, p, NULL, i * QVL__KV_BLOCK);
+    /* here, on the caller's thread, rather than in a step */
+    for (int i = 0; e->prefix_cache && i < r->prompt_n / QVL__KV_BLOCK; i++) qvl__request_key(r, i);
     return 0;
 }
 

@@ -11,7 +11,6 @@
 #define QVL__KV_H
 
 #include "../device/device.h"
-#include "../encode/encode.h"
 
 /* 128 bits of a SHA-256 chain over everything up to the end of a block. */
 typedef struct {
@@ -43,8 +42,12 @@ void qvl__blocks_give(qvl__blocks *b, const int32_t *table, int n);
 static inline int qvl__blocks_held(const qvl__blocks *b) { return b->total - b->n_free - b->n_kept; }
 
 /* ---- prefix.c ---- */
-/* The key of the block after `before` ({0, 0} for the first) that holds tokens [first, first + QVL__KV_BLOCK) of a
- * sequence: the prompt p and behind it the answer. A picture's pad tokens stand for its hash. */
-qvl__key qvl__prefix_key(qvl__key before, const qvl_prompt *p, const int32_t *answer, int first);
+/* Where a picture begins or goes on inside a block: at token `at`, with its own token number `place`. */
+typedef struct {
+    int32_t at, place;
+    const uint8_t *hash; /* 32 bytes: kind, grid and pixels */
+} qvl__mark;
+/* The key of the block after `before` ({0, 0} for the first) that holds these QVL__KV_BLOCK tokens. */
+qvl__key qvl__prefix_key(qvl__key before, const int32_t *tokens, const qvl__mark *marks, int n_marks);
 
 #endif

@@ -1,9 +1,9 @@
 /* prefix.c - names for the contents of full KV blocks.
  *
- * Job:        a hash chain over tokens, with every picture's pad tokens replaced by what the picture is.
- * Input:      a sequence: prompt and answer.
- * Output:     one 128-bit key for each full block.
- * Invariants: a key covers everything from the first token to the end of its block: token ids, kind, grid, pixels and
+ * Job:        a hash chain over tokens and the pictures that their pad tokens stand for.
+ * Input:      the tokens of a block, its pictures, the key of the block before.
+ * Output:     a 128-bit key.
+ * Invariants: a key covers everything from the first token to the end of its block: token ids, and kind, grid, pixels and
  *             frame pair of every picture; M-RoPE positions follow from these. Keys live inside one engine, so weights
  *             and processor are the same for all.
  */
@@ -11,34 +11,16 @@
 
 #include "kv.h"
 
-/* The run that token pos lies in; NULL for text. Runs ascend. */
-static const qvl__run *run_at(const qvl_prompt *p, size_t pos) {
-    int lo = 0, hi = p->n_runs;
-    while (lo < hi) {
-        int mid = (lo + hi) / 2;
-        if (p->runs[mid].start + (size_t)p->runs[mid].tokens <= pos) lo = mid + 1;
-        else hi = mid;
-    }
-    return lo < p->n_runs && p->runs[lo].start <= pos ? &p->runs[lo] : NULL;
-}
-
-qvl__key qvl__prefix_key(qvl__key before, const qvl_prompt *p, const int32_t *answer, int first) {
+qvl__key qvl__prefix_key(qvl__key before, const int32_t *tokens, const qvl__mark *marks, int n_marks) {
     qvl__sha256 s;
     uint8_t sum[32];
-    const qvl__run *last = NULL;
     qvl__sha256_init(&s);
     qvl__sha256_add(&s, &before, sizeof before);
-    for (int i = first; i < first + QVL__KV_BLOCK; i++) {
-        bool in_prompt = (size_t)i < p->n;
-        int32_t token = in_prompt ? p->tokens[i] : answer[(size_t)i - p->n];
-        qvl__sha256_add(&s, &token, sizeof token);
-        const qvl__run *run = in_prompt ? run_at(p, (size_t)i) : NULL;
-        if (run && run != last) {
-            int32_t place = run->offset + (i - (int32_t)run->start);
-            qvl__sha256_add(&s, p->visuals[run->visual]->hash, 32);
-            qvl__sha256_add(&s, &place, sizeof place);
-        }
-        last = run;
+    qvl__sha256_add(&s, tokens, QVL__KV_BLOCK * sizeof *tokens);
+    for (int i = 0; i < n_marks; i++) {
+        const int32_t where[2] = {marks[i].at, marks[i].place};
+        qvl__sha256_add(&s, where, sizeof where);
+        qvl__sha256_add(&s, marks[i].hash, 32);
     }
     qvl__sha256_end(&s, sum);
     qvl__key key;

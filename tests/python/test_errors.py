@@ -52,15 +52,14 @@ def world(load):
 @pytest.mark.parametrize("name,pattern,call", CASES)
 def test_bad_input(world, tmp_path, name, pattern, call):
     request = world.engine.submit(world.prompt, **world.options)
-    world.engine.step(timeout=0)
+    early = [e.token for e in world.engine.step(timeout=0)]
     with pytest.raises(qvl.Error) as caught:
         call(world, tmp_path)
     error = caught.value
     assert re.fullmatch(name, error.name), error
     assert re.search(pattern, error.message), error
     assert error.code < 0 and "\n" not in error.message and error.message in str(error)
-    answers = drain(world.engine, {request})
-    assert answers[request].tokens == world.want
+    assert early + drain(world.engine, {request})[request].tokens == world.want
     assert world.model.chat(world.messages, **world.options).tokens == world.want
     stats = world.engine.stats
     assert stats["kv"]["blocks_used"] == 0 and stats["requests"]["running"] == stats["requests"]["waiting"] == 0

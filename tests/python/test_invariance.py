@@ -1,7 +1,8 @@
 """test_invariance - a request gets the same tokens and the same logits, bit for bit, whatever surrounds it.
 
 Eight requests (texts, pictures, videos, greedy and sampled with a seed) run alone; then together, in chunks of 7 tokens, with
-1, 2 and 3 threads, arriving one after the other, beside cancelled neighbours, with embeddings in the place of pictures.
+1, 2 and 3 threads, arriving one after the other, beside cancelled neighbours, on prefixes that the engine still has from earlier
+requests, with embeddings in the place of pictures.
 """
 import numpy as np
 import pytest
@@ -121,6 +122,39 @@ def test_arrivals(load, alone, name, dtype, kv):
             assert logits.tobytes() == want[r].logits[:len(tokens)].tobytes(), r
     stats = engine.stats
     assert stats["kv"]["blocks_used"] == 0 and stats["requests"]["cancelled"] == len(cancelled)
+
+
+@pytest.mark.parametrize("name,dtype,kv", ALL)
+def test_kept_prefixes(load, alone, name, dtype, kv):
+    """One engine, one request after the other, twice: the second round finds its prompts in the cache."""
+    model, want = load(name, dtype=dtype, threads=2), alone(name, dtype, kv)
+    engine = qvl.Engine(model, max_context=1024, max_requests=2, kv_dtype=kv)
+    for order in (list(REQUESTS), list(REQUESTS)[::-1]):
+        for r in order:
+            number = engine.submit(model.prompt(REQUESTS[r][0]), **sampling(r))
+            assert_same(drain(engine)[number], want[r], r)
+    assert engine.stats["prefix_tokens"] > 0
+
+
+@pytest.mark.parametrize("name,dtype", [(n, d) for n in GOLDENS for d in ("f32", "auto")])
+def test_prefixes_of_other_requests(load, name, dtype):
+    """Prompts that begin alike, other pictures of the same size in the same place, in an engine with little room."""
+    model, pixels = load(name, dtype=dtype, threads=2), qvl.Image(image_path("photo_320x240.jpg")).to_numpy()
+    long = "List three colours. " * 20
+    prompts = [model.prompt(m) for m in (
+        user(long), user(long + "More."), user(long[:200]), user(pixels, long), user(pixels[::-1], long), user(pixels[:, ::-1], long),
+        user(pixels, long + "More."), user(pixels, pixels[::-1], "x"), user(pixels[::-1], pixels, "x"), user({**VIDEO, "video": VIDEO["video"][::-1]}, "x"),
+        user(VIDEO, "x"), user({**VIDEO, "fps": 4.0}, "x"))]
+    options = dict(temperature=0, max_tokens=4, ignore_eos=True, return_logits=True)
+    want = [run(model, p, **options) for p in prompts]
+    assert len({w.logits.tobytes() for w in want}) == len(want)
+    largest = max(len(p) for p in prompts)
+    engine = qvl.Engine(model, max_requests=2, max_context=512, kv_blocks=2 * (largest // 32 + 1), max_batched_tokens=100)
+    order = np.random.default_rng(2).permutation(4 * len(prompts)) % len(prompts)
+    numbers = {engine.submit(prompts[i], **options): i for i in order}
+    for number, got in drain(engine).items():
+        assert got.tokens == want[numbers[number]].tokens and got.logits.tobytes() == want[numbers[number]].logits.tobytes()
+    assert engine.stats["kv"]["blocks_used"] == 0
 
 
 def embedded(model, messages, through_bytes):

@@ -1,7 +1,9 @@
 """test_chat.py - qvl chat, by pipe and on a terminal."""
 import json
+import signal
+import subprocess
 
-from conftest import HEART, IMAGES, ROOT, SHAPES, TINY, Terminal, qvl
+from conftest import HEART, IMAGES, QVL, ROOT, SHAPES, TINY, Terminal, environment, qvl
 
 LONG = ["--ignore-eos", "--max-tokens", "3000"]
 
@@ -47,6 +49,15 @@ def test_save_holds_the_conversation(tmp_path):
     assert [x["role"] for x in m] == ["user", "assistant", "user", "assistant"]
     assert [p.get("image", p.get("text")) for p in m[0]["content"]] == [str(IMAGES / "shapes.png"), str(IMAGES / "heart.jpg"), "Describe this image."]
     assert m[2]["content"] == "Hello"
+
+
+def test_what_was_saved_goes_on_in_python(tmp_path):
+    import qvl as binding
+    saved = tmp_path / "chat.json"
+    p = chat("Describe this image.", "How many shapes are there?", f"/save {saved}", args=[IMAGES / "shapes.png"])
+    messages = json.loads(saved.read_text())
+    answer = messages.pop()["content"]
+    assert binding.Model(TINY).chat(messages).text == answer == p.stdout.splitlines()[1]
 
 
 def test_slashes_and_long_messages(tmp_path):
@@ -158,9 +169,6 @@ def test_two_interrupts_at_the_prompt_end():
 
 
 def test_interrupt_while_input_is_a_pipe():
-    import signal
-    import subprocess
-    from conftest import QVL, environment
     p = subprocess.Popen([str(QVL), "chat", "-m", str(TINY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=ROOT)
     p.stdin.write(b"Hello\n")
     p.stdin.flush()

@@ -55,7 +55,7 @@ static inline size_t golden_ids(const json_t *o, const char *key, int32_t **ids)
     const json_t *v = json_object_get(o, key);
     if (!json_is_array(v)) golden_die(key, "not an array");
     size_t n = json_array_size(v);
-    *ids = malloc((n + 1) * sizeof **ids);
+    *ids = calloc(n + 1, sizeof **ids);
     if (!*ids) golden_die(key, "out of memory");
     for (size_t i = 0; i < n; i++) (*ids)[i] = (int32_t)json_integer_value(json_array_get(v, i));
     return n;

@@ -159,19 +159,21 @@ static void expect_spans(const char *text, const qvl__span *spans, size_t n_span
 }
 
 /* plain(a) + added + plain(b) as ids. */
-static size_t compose(const char *a, const char *added, const char *b, int32_t *out) {
+static size_t compose_with(const qvl_tokenizer *t, const char *a, const char *added, const char *b, int32_t *out) {
     int32_t *ids;
     size_t n, k = 0;
-    assert_int_equal(qvl_tokenize(small, a, strlen(a), 0, &ids, &n), 0);
+    assert_int_equal(qvl_tokenize(t, a, strlen(a), 0, &ids, &n), 0);
     memcpy(out, ids, n * sizeof *ids);
     k += n;
     qvl_free(ids);
-    if (added) out[k++] = qvl__token_id(small, added);
-    assert_int_equal(qvl_tokenize(small, b, strlen(b), 0, &ids, &n), 0);
+    if (added) out[k++] = qvl__token_id(t, added);
+    assert_int_equal(qvl_tokenize(t, b, strlen(b), 0, &ids, &n), 0);
     memcpy(out + k, ids, n * sizeof *ids);
     qvl_free(ids);
     return k + n;
 }
+
+static size_t compose(const char *a, const char *added, const char *b, int32_t *out) { return compose_with(small, a, added, b, out); }
 
 static void spans_bound_added_tokens(void **state) {
     (void)state;
@@ -204,6 +206,26 @@ static void spans_bound_added_tokens(void **state) {
     assert_int_equal(qvl__tokenize_spans(small, twice, 20, (qvl__span[]){{0, 21}}, 1, &ids, &n), QVL_EINTERNAL);
     assert_int_equal(qvl__tokenize_spans(small, twice, 20, (qvl__span[]){{5, 9}, {8, 10}}, 2, &ids, &n), QVL_EINTERNAL);
     assert_int_equal(qvl__tokenize_spans(small, twice, 20, (qvl__span[]){{5, 4}}, 1, &ids, &n), QVL_EINTERNAL);
+}
+
+/* ---- the pattern where goldens do not tell ---- */
+
+static void words_end_where_the_pattern_says(void **state) {
+    (void)state;
+    static const char *const pairs[][2] = {
+        {"'Re", "row"}, {"'re", "row"}, {"'S", "L"}, {"'\xC5\xBF", "Lines"}, {"'LL", "Ls"}, /* (?i:...) comes before letters */
+        {"7", "7"}, {"\xD9\xA3", "\xD9\xA3"},                                          /* one digit at a time */
+        {" \t", " word"}, {"a\n\n", "b"}, {"x", "\n  \n"}, {" ...\n\n", "  y"},
+    };
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
+        char text[64];
+        int32_t want[64], *ids;
+        size_t n, want_n = compose_with(real, pairs[i][0], NULL, pairs[i][1], want);
+        snprintf(text, sizeof text, "%s%s", pairs[i][0], pairs[i][1]);
+        assert_int_equal(qvl_tokenize(real, text, strlen(text), 0, &ids, &n), 0);
+        if (n != want_n || memcmp(ids, want, n * sizeof *ids) != 0) fail_msg("\"%s\" is not cut before \"%s\"", text, pairs[i][1]);
+        qvl_free(ids);
+    }
 }
 
 /* ---- broken UTF-8 and NFC ---- */
@@ -262,8 +284,11 @@ static void nfc_equals_utf8proc(void **state) {
         if (c >= 0xD800 && c < 0xE000) continue;
         const int32_t around[] = {'A', c, 0x3042, c, 0x1100, c, c, 0xAC00, c};
         const int32_t marked[] = {c, 0x0301, 0x0316, c, 0x0307};
+        /* Letters that skip normalization unless c does not: a mark must not be taken for one of them. */
+        const int32_t skipped[] = {'A', c, 0x304B, c, 0xAC00, c, 0x0415, c, 0x03B1, c};
         expect_nfc(around, 9);
         expect_nfc(marked, 5);
+        expect_nfc(skipped, 10);
     }
     /* Runs of marks in every order, long enough for the merge sort. */
     static const int32_t marks[] = {0x0301, 0x0316, 0x0323, 0x0307, 0x0345, 0x05B0, 0x3099, 0x0F71, 0x1D165, 0x0344, 0x0041, 0x00E9, 0x1161, 0x1100, 0x11A8, 0x0958};
@@ -503,6 +528,66 @@ static void longest_added_token_wins(void **state) {
     qvl_free(ids);
     qvl_tokenizer_free(t);
     json_decref(root);
+    remove_file("tokenizer.json");
+}
+
+/* A token that no merge makes is not made from its text either (ignore_merges is false). */
+static void unreachable_token(void **state) {
+    (void)state;
+    json_t *root = golden_json(SMALL_TOKENIZER "/tokenizer.json");
+    put_at(root, "model.vocab.qqqq", "4096");
+    write_json("tokenizer.json", root);
+    qvl_tokenizer *t = golden_tokenizer(scratch);
+    int32_t *ids, q = 4096;
+    size_t n, len;
+    char *text;
+    assert_int_equal(qvl_tokenize(t, "qqqq", 4, 1, &ids, &n), 0);
+    for (size_t i = 0; i < n; i++) assert_int_not_equal(ids[i], 4096);
+    assert_int_equal(qvl_detokenize(t, &q, 1, 0, &text, &len), 0);
+    assert_string_equal(text, "qqqq");
+    qvl_free(ids);
+    qvl_free(text);
+    qvl_tokenizer_free(t);
+    json_decref(root);
+    remove_file("tokenizer.json");
+}
+
+/* Cut short or with bytes changed: an error with a message, or a tokenizer that works; never a crash. */
+static void damaged_files(void **state) {
+    (void)state;
+    char *whole, path[256];
+    size_t size, refused = 0;
+    assert_int_equal(qvl__read_file(SMALL_TOKENIZER "/tokenizer.json", 1 << 20, &whole, &size), 0);
+    char *text = malloc(size);
+    uint64_t seed = 7;
+    for (int round = 0; round < 400; round++) {
+        size_t n = round % 2 ? size : golden_random(&seed) % size;
+        memcpy(text, whole, n);
+        for (int k = 0; k < round % 5 && n; k++) {
+            static const char likely[] = "\"\\[]{},:u0\xC4\xFF\n -e";
+            text[golden_random(&seed) % (round % 3 ? n : n < 8000 ? n : 8000)] = likely[golden_random(&seed) % (sizeof likely - 1)];
+        }
+        snprintf(path, sizeof path, "%s/tokenizer.json", scratch);
+        FILE *f = fopen(path, "w");
+        assert_non_null(f);
+        assert_int_equal(fwrite(text, 1, n, f), n);
+        fclose(f);
+        qvl_tokenizer *t;
+        int rc = qvl_tokenizer_load(&t, scratch);
+        if (rc == 0) {
+            int32_t *ids;
+            assert_int_equal(qvl_tokenize(t, "a b <|im_end|>", 14, 1, &ids, &n), 0);
+            qvl_free(ids);
+            qvl_tokenizer_free(t);
+        } else {
+            assert_true(rc == QVL_EFORMAT || rc == QVL_EUNSUPPORTED);
+            assert_non_null(strstr(qvl_last_error(), "tokenizer.json"));
+            refused++;
+        }
+    }
+    assert_true(refused > 250);
+    free(text);
+    qvl_free(whole);
     remove_file("tokenizer.json");
 }
 
@@ -761,6 +846,7 @@ int main(void) {
         cmocka_unit_test(real_decode),
         cmocka_unit_test(words_merge_by_definition),
         cmocka_unit_test(spans_bound_added_tokens),
+        cmocka_unit_test(words_end_where_the_pattern_says),
         cmocka_unit_test(broken_text_is_replaced),
         cmocka_unit_test(nfc_equals_utf8proc),
         cmocka_unit_test(merges_as_strings),
@@ -768,6 +854,8 @@ int main(void) {
         cmocka_unit_test(unknown_kinds_are_refused),
         cmocka_unit_test(holes_and_no_nfc),
         cmocka_unit_test(longest_added_token_wins),
+        cmocka_unit_test(unreachable_token),
+        cmocka_unit_test(damaged_files),
         cmocka_unit_test(wrong_arguments),
         cmocka_unit_test(hostile_texts_take_bounded_time),
         cmocka_unit_test(mixed_text_speed),
