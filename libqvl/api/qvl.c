@@ -15,15 +15,14 @@
 
 /* ---- model ---- */
 
-static int choose_template(qvl_model *m, const char *path, const qvl_options *o) {
+/* An unknown template does not stop the load: tokens, logits and embeddings need none. Rendering a chat refuses it. */
+static void choose_template(qvl_model *m, const char *path, const qvl_options *o) {
     const char *asked = qvl__opt_str(o, "chat_template"), *own = m->config.chat_template;
     for (int t = QVL__TEMPLATE_INSTRUCT; t <= QVL__TEMPLATE_TINY; t++)
         if (strcmp(asked, qvl__template_name((qvl__template)t)) == 0) m->template_ = (qvl__template)t;
-    if (m->template_ != QVL__TEMPLATE_UNKNOWN || !own) return 0; /* none at all: refused when a chat is rendered */
+    if (m->template_ != QVL__TEMPLATE_UNKNOWN || !own) return;
     m->template_ = qvl__template_recognise(own, strlen(own));
-    if (m->template_ != QVL__TEMPLATE_UNKNOWN) return 0;
-    return qvl__fail(QVL_EUNSUPPORTED, "%s: the chat template is not one that this library knows (Qwen3-VL Instruct, Thinking, qvl-tiny); "
-                     "if it renders like one of them, say so with option chat_template=instruct|thinking|qvl-tiny", path);
+    if (m->template_ == QVL__TEMPLATE_UNKNOWN) qvl__log(QVL_LOG_WARN, "%s: the chat template is not known; chats need option chat_template", path);
 }
 
 static int load(qvl_model *m, const char *path, const qvl_options *o) {
@@ -32,7 +31,7 @@ static int load(qvl_model *m, const char *path, const qvl_options *o) {
     void *ud;
     qvl__opt_progress(o, &progress, &ud);
     int rc = qvl__config_load(&m->config, path);
-    if (rc == 0) rc = choose_template(m, path, o);
+    if (rc == 0) choose_template(m, path, o);
     if (rc == 0) rc = qvl__tokenizer_load(&m->tokenizer, path);
     if (rc == 0 && qvl__token_limit(m->tokenizer) > m->config.text.vocab)
         rc = qvl__fail(QVL_EFORMAT, "%s: the tokenizer has ids up to %d, config.json's vocab_size is %d", path, qvl__token_limit(m->tokenizer) - 1, m->config.text.vocab);

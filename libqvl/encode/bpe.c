@@ -78,7 +78,8 @@ int qvl__bpe_index(qvl__bpe *b, size_t max_merges) {
         char byte = (char)c;
         b->byte_id[c] = qvl__bpe_find(b, &byte, 1);
         if (b->byte_id[c] < 0)
-            return qvl__fail(QVL_EUNSUPPORTED, "the vocabulary has no token for the byte 0x%02X; a byte-level vocabulary has all 256", c);
+            return qvl__fail(QVL_EUNSUPPORTED,
+                             "the vocabulary has no token for the byte 0x%02X; a byte-level vocabulary has all 256", c);
     }
     room = power_of_two_above(max_merges + max_merges / 2 + 1);
     b->merges = qvl__array(NULL, room, sizeof *b->merges);
@@ -244,7 +245,8 @@ static int merge_word(const qvl__bpe *b, const uint8_t *word, size_t n, qvl__bpe
 
 int qvl__bpe_finish(qvl__bpe *b) {
     for (int left = 0; left < 256; left++)
-        for (int right = 0; right < 256; right++) b->byte_rank[left << 8 | right] = rank_of(b, b->byte_id[left], b->byte_id[right]);
+        for (int right = 0; right < 256; right++)
+            b->byte_rank[left << 8 | right] = rank_of(b, b->byte_id[left], b->byte_id[right]);
     qvl__bpe_out o = {0};
     int rc = 0;
     for (int32_t id = 0; id < b->limit && rc == 0; id++) {

@@ -508,8 +508,9 @@ int qvl__chat_render(qvl__chat *out, qvl__template t, const json_t *messages, co
                      bool add_vision_id, bool markdown) {
     *out = (qvl__chat){0};
     if (t == QVL__TEMPLATE_UNKNOWN)
-        return qvl__fail(QVL_EUNSUPPORTED, "the checkpoint's chat template is not one this library knows; set the option "
-                         "chat_template to instruct, thinking or qvl-tiny");
+        return qvl__fail(QVL_EUNSUPPORTED, "the checkpoint has no chat template, or one that this library does not know (it knows Qwen3-VL "
+                         "Instruct, Thinking and qvl-tiny); if it renders like one of them, say so when loading: option chat_template=instruct|"
+                         "thinking|qvl-tiny");
     int rc = check(messages, tools);
     if (rc < 0) return rc;
     render r = {.template_ = t, .messages = messages, .tools = tools, .vision_id = add_vision_id, .markdown = markdown};

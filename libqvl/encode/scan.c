@@ -10,7 +10,9 @@
 
 #include "scan.h"
 
-int qvl__scan_fail(const qvl__scan *s, const char *what) { return qvl__fail(QVL_EFORMAT, "byte %zu: %s", (size_t)(s->at - s->start), what); }
+int qvl__scan_fail(const qvl__scan *s, const char *what) {
+    return qvl__fail(QVL_EFORMAT, "byte %zu: %s", (size_t)(s->at - s->start), what);
+}
 
 static void skip_space(qvl__scan *s) {
     while (s->at < s->end && (*s->at == ' ' || *s->at == '\n' || *s->at == '\t' || *s->at == '\r')) s->at++;
@@ -154,8 +156,8 @@ int qvl__scan_skip(qvl__scan *s, qvl__scan *value) {
             s->at++;
         } else { /* a number or a word */
             text = s->at;
-            while (s->at < s->end && ((*s->at >= '0' && *s->at <= '9') || (*s->at >= 'a' && *s->at <= 'z') || *s->at == '-' || *s->at == '+' ||
-                                      *s->at == '.' || *s->at == 'E'))
+            while (s->at < s->end && ((*s->at >= '0' && *s->at <= '9') || (*s->at >= 'a' && *s->at <= 'z') || *s->at == '-' ||
+                                      *s->at == '+' || *s->at == '.' || *s->at == 'E'))
                 s->at++;
             if (s->at == text) return qvl__scan_fail(s, "a value is wanted");
         }

@@ -41,8 +41,10 @@ static int compile_pattern(qvl_tokenizer *t) {
     PCRE2_SIZE at;
     pcre2_code *re = pcre2_compile((PCRE2_SPTR)pattern, sizeof pattern - 1, PCRE2_UTF | PCRE2_ANCHORED, &code, &at, NULL);
     if (!re) {
-        if (code == PCRE2_ERROR_NOMEMORY || code == PCRE2_ERROR_HEAP_FAILED) return qvl__fail(QVL_ENOMEM, "out of memory in PCRE2");
-        return qvl__fail(QVL_EUNSUPPORTED, "PCRE2 cannot compile the pre-tokenizer: %s at %zu; it must be built with Unicode support",
+        if (code == PCRE2_ERROR_NOMEMORY || code == PCRE2_ERROR_HEAP_FAILED)
+            return qvl__fail(QVL_ENOMEM, "out of memory in PCRE2");
+        return qvl__fail(QVL_EUNSUPPORTED,
+                         "PCRE2 cannot compile the pre-tokenizer: %s at %zu; it must be built with Unicode support",
                          pcre2_text(code, text), (size_t)at);
     }
     pcre2_jit_compile(re, PCRE2_JIT_COMPLETE); /* may be missing or forbidden: pcre2_match then interprets */
@@ -75,7 +77,8 @@ static int put_piece(call *c, const char *text, size_t n) {
         size_t end = rc > 0 ? pcre2_get_ovector_pointer(c->match)[1] : 0;
         if (end <= at) {
             char why[120];
-            return qvl__fail(QVL_EINTERNAL, "the pre-tokenizer stopped at byte %zu: %s", at, rc < 0 ? pcre2_text(rc, why) : "empty match");
+            return qvl__fail(QVL_EINTERNAL, "the pre-tokenizer stopped at byte %zu: %s", at,
+                             rc < 0 ? pcre2_text(rc, why) : "empty match");
         }
         rc = qvl__bpe_word(&c->t->bpe, c->clean.data + at, end - at, &c->out);
         if (rc < 0) return rc;
@@ -137,13 +140,14 @@ static int put_text(call *c, const char *text, size_t len, const qvl__span *span
     return put_piece(c, text + from, len - from);
 }
 
-int qvl__tokenize_spans(const qvl_tokenizer *t, const char *text, size_t len, const qvl__span *spans, size_t n_spans, int32_t **ids,
-                        size_t *n_ids) {
+int qvl__tokenize_spans(const qvl_tokenizer *t, const char *text, size_t len, const qvl__span *spans, size_t n_spans,
+                        int32_t **ids, size_t *n_ids) {
     if (len > INT32_MAX / 2) /* NFC at most triples it; positions inside a word are 32 bits */
         return qvl__fail(QVL_ELIMIT, "a text of %zu bytes is too long to be tokenized at once; at most %d", len, INT32_MAX / 2);
     for (size_t i = 0; i < n_spans; i++)
         if (spans[i].end > len || spans[i].start > spans[i].end || (i && spans[i].start < spans[i - 1].end))
-            return qvl__fail(QVL_EINTERNAL, "span %zu of a text of %zu bytes is %zu to %zu", i, len, spans[i].start, spans[i].end);
+            return qvl__fail(QVL_EINTERNAL, "span %zu of a text of %zu bytes is %zu to %zu", i, len, spans[i].start,
+                             spans[i].end);
     call c = {.t = t, .match = pcre2_match_data_create(1, NULL), .limits = pcre2_match_context_create(NULL)};
     int rc = c.match && c.limits ? 0 : qvl__fail(QVL_ENOMEM, "out of memory in PCRE2");
     if (rc == 0) {

@@ -68,7 +68,8 @@ static const char *type_of(const json_t *o) {
 static bool has_type(const json_t *o, const char *type) { return json_is_object(o) && strcmp(type_of(o), type) == 0; }
 
 static int refuse(const char *what, const char *value) {
-    return qvl__fail(QVL_EUNSUPPORTED, "%s is \"%.80s\"; only tokenizers of the Qwen2 kind (byte-level BPE, NFC) are read", what, value);
+    return qvl__fail(QVL_EUNSUPPORTED, "%s is \"%.80s\"; only tokenizers of the Qwen2 kind (byte-level BPE, NFC) are read", what,
+                     value);
 }
 
 /* ---- tokenizer.json: is it Qwen2's kind? ---- */
@@ -86,7 +87,8 @@ static int check_pre_tokenizer(const json_t *o) {
     if (json_array_size(list) != 2 || !has_type(split, "Split"))
         return refuse("pre_tokenizer", "not a Sequence of Split and ByteLevel");
     const char *pattern = json_string_value(json_object_get(json_object_get(split, "pattern"), "Regex"));
-    if (!pattern || strcmp(pattern, QVL__QWEN2_PATTERN) != 0) return refuse("pre_tokenizer's pattern", pattern ? pattern : "(not a Regex)");
+    if (!pattern || strcmp(pattern, QVL__QWEN2_PATTERN) != 0)
+        return refuse("pre_tokenizer's pattern", pattern ? pattern : "(not a Regex)");
     if (!is_null_or(split, "behavior", "Isolated") || !is_false_or_absent(split, "invert"))
         return refuse("pre_tokenizer's Split", "not behavior Isolated without invert");
     int rc = check_byte_level(bytes, "pre_tokenizer's second step", false);
@@ -181,12 +183,14 @@ static int list_added(listing *l, const json_t *o, int64_t id) {
     static const char *const off[] = {"lstrip", "rstrip", "single_word", "normalized"};
     for (size_t i = 0; i < sizeof off / sizeof *off; i++)
         if (!is_false_or_absent(o, off[i]))
-            return qvl__fail(QVL_EUNSUPPORTED, "added token \"%.60s\" sets %s; only added tokens matched as they stand are read", text, off[i]);
+            return qvl__fail(QVL_EUNSUPPORTED, "added token \"%.60s\" sets %s; only added tokens matched as they stand are read",
+                             text, off[i]);
     entry *e = entry_of(l, id, text);
     if (!e) return id < 0 || id >= MAX_TOKEN_ID ? QVL_EFORMAT : QVL_ENOMEM;
     if (e->flags & ENTRY_ADDED) return qvl__fail(QVL_EFORMAT, "two added tokens have the id %lld", (long long)id);
     if (e->flags && (e->len != json_string_length(content) || memcmp(e->text, text, e->len) != 0))
-        return qvl__fail(QVL_EFORMAT, "id %lld is \"%.60s\" in the vocabulary and \"%.60s\" among the added tokens", (long long)id, e->text, text);
+        return qvl__fail(QVL_EFORMAT, "id %lld is \"%.60s\" in the vocabulary and \"%.60s\" among the added tokens",
+                         (long long)id, e->text, text);
     e->text = text;
     e->len = (uint32_t)json_string_length(content);
     e->flags |= QVL__TOKEN_EXISTS | ENTRY_ADDED | (json_is_true(json_object_get(o, "special")) ? QVL__TOKEN_SPECIAL : 0);
@@ -258,16 +262,19 @@ static int add_merge(merger *m, const char *left, size_t n_left, const char *rig
         r = qvl__bpe_find(m->bpe, m->bytes.data + a, (size_t)b);
         id = qvl__bpe_find(m->bpe, m->bytes.data, (size_t)(a + b));
     }
-    if (l < 0 || r < 0 || id < 0)
-        return qvl__fail(QVL_EFORMAT, "merge %zu, \"%.*s\" and \"%.*s\": %s is not in the vocabulary", m->bpe->n_merges, (int)(n_left < 60 ? n_left : 60),
-                         left, (int)(n_right < 60 ? n_right : 60), right, l < 0 ? "the first" : r < 0 ? "the second" : "the whole");
+    const char *missing = l < 0 ? "the first" : r < 0 ? "the second" : id < 0 ? "the whole" : NULL;
+    if (missing)
+        return qvl__fail(QVL_EFORMAT, "merge %zu, \"%.*s\" and \"%.*s\": %s is not in the vocabulary", m->bpe->n_merges,
+                         (int)(n_left < 60 ? n_left : 60), left, (int)(n_right < 60 ? n_right : 60), right, missing);
     return qvl__bpe_add_merge(m->bpe, l, r, id);
 }
 
 /* "a b": neither side has a space, which is spelled U+0120. */
 static int add_merge_line(merger *m, const char *line, size_t n) {
     const char *space = memchr(line, ' ', n);
-    if (!space) return qvl__fail(QVL_EFORMAT, "merge %zu, \"%.*s\", is not two tokens with a space between", m->bpe->n_merges, (int)(n < 60 ? n : 60), line);
+    if (!space)
+        return qvl__fail(QVL_EFORMAT, "merge %zu, \"%.*s\", is not two tokens with a space between", m->bpe->n_merges,
+                         (int)(n < 60 ? n : 60), line);
     size_t left = (size_t)(space - line);
     return add_merge(m, line, left, space + 1, n - left - 1);
 }
@@ -372,12 +379,14 @@ static int from_tokenizer_json(qvl_tokenizer *t, char *text, size_t n) {
     if (rc == 0) rc = check_pipeline(t, root);
     added = json_object_get(root, "added_tokens");
     if (rc == 0 && added && !json_is_array(added)) rc = qvl__fail(QVL_EFORMAT, "added_tokens is not an array");
-    if (rc == 0 && (!tables[0].at || !tables[1].at)) rc = qvl__fail(QVL_EFORMAT, "model has no %s", tables[0].at ? "merges" : "vocabulary");
+    if (rc == 0 && (!tables[0].at || !tables[1].at))
+        rc = qvl__fail(QVL_EFORMAT, "model has no %s", tables[0].at ? "merges" : "vocabulary");
     if (rc == 0) rc = list_vocab(&l, &tables[0]);
     for (i = 0; rc == 0 && i < json_array_size(added); i++) {
         v = json_array_get(added, i);
         const json_t *id = json_object_get(v, "id");
-        rc = json_is_integer(id) ? list_added(&l, v, json_integer_value(id)) : qvl__fail(QVL_EFORMAT, "added_tokens[%zu].id is not an integer", i);
+        rc = json_is_integer(id) ? list_added(&l, v, json_integer_value(id))
+                                 : qvl__fail(QVL_EFORMAT, "added_tokens[%zu].id is not an integer", i);
     }
     if (rc == 0) rc = build(t, &l, &tables[1], NULL, 0);
     qvl__free(l.entries);
@@ -396,7 +405,8 @@ static int list_added_decoder(listing *l, json_t *config) {
     json_object_foreach(added, key, v) {
         char *end;
         long long id = strtoll(key, &end, 10);
-        int rc = end != key && !*end ? list_added(l, v, id) : qvl__fail(QVL_EFORMAT, "added_tokens_decoder: \"%.60s\" is not an id", key);
+        int rc = end != key && !*end ? list_added(l, v, id)
+                                     : qvl__fail(QVL_EFORMAT, "added_tokens_decoder: \"%.60s\" is not an id", key);
         if (rc < 0) return rc;
     }
     return 0;

@@ -32,7 +32,8 @@ static int parse_bias(qvl__sampling *p, const char *json, int vocab) {
     int rc = qvl__json_parse(&root, json, strlen(json), "option logit_bias");
     if (rc == QVL_EFORMAT) return qvl__context(QVL_EINVAL, "an object from token id to number is wanted, {\"42\": -100}");
     if (rc < 0) return rc;
-    if (!json_is_object(root)) rc = qvl__fail(QVL_EINVAL, "option logit_bias: an object from token id to number is wanted, {\"42\": -100}");
+    if (!json_is_object(root))
+        rc = qvl__fail(QVL_EINVAL, "option logit_bias: an object from token id to number is wanted, {\"42\": -100}");
     if (rc == 0) {
         p->bias_id = qvl__array(NULL, json_object_size(root), sizeof *p->bias_id);
         p->bias = qvl__array(NULL, json_object_size(root), sizeof *p->bias);
@@ -64,7 +65,8 @@ static double f64_or(const qvl_options *o, const char *name, double unset) {
 static int check(const qvl__sampling *p) {
     if (!(p->temperature >= 0 && p->temperature <= 100))
         return qvl__fail(QVL_EINVAL, "temperature %g is out of range 0..100 (generation_config.json)", p->temperature);
-    if (!(p->top_p >= 0 && p->top_p <= 1)) return qvl__fail(QVL_EINVAL, "top_p %g is out of range 0..1 (generation_config.json)", p->top_p);
+    if (!(p->top_p >= 0 && p->top_p <= 1))
+        return qvl__fail(QVL_EINVAL, "top_p %g is out of range 0..1 (generation_config.json)", p->top_p);
     if (!(p->repetition >= 0.01 && p->repetition <= 100))
         return qvl__fail(QVL_EINVAL, "repetition_penalty %g is out of range 0.01..100 (generation_config.json)", p->repetition);
     if (p->top_k < 0) return qvl__fail(QVL_EINVAL, "top_k %d is negative (generation_config.json)", p->top_k);
@@ -73,7 +75,8 @@ static int check(const qvl__sampling *p) {
 
 static bool has_penalty(const qvl__sampling *p) { return p->repetition != 1 || p->presence != 0 || p->frequency != 0; }
 
-int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt, size_t n) {
+int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt,
+                      size_t n) {
     memset(s, 0, sizeof *s);
     s->vocab = vocab;
     qvl__sampling *p = &s->p;
@@ -240,7 +243,9 @@ static uint32_t kth_largest(const candidate *c, int n, int k) {
     return prefix;
 }
 
-static bool above(const candidate *a, const candidate *b) { return a->logit > b->logit || (a->logit == b->logit && a->id < b->id); }
+static bool above(const candidate *a, const candidate *b) {
+    return a->logit > b->logit || (a->logit == b->logit && a->id < b->id);
+}
 
 /* Heap with the best candidate on top. */
 static void sift(candidate *c, int n, int i) {
@@ -335,7 +340,9 @@ static int prepare(qvl__sampler *s, float *x, const int32_t *banned, int n_banne
     return 0;
 }
 
-static int nothing_left(void) { return qvl__fail(QVL_ENUMERIC, "no token is left to choose from: every logit is -inf or its token is banned"); }
+static int nothing_left(void) {
+    return qvl__fail(QVL_ENUMERIC, "no token is left to choose from: every logit is -inf or its token is banned");
+}
 
 static int choose(qvl__sampler *s, const float *x, int limit, uint64_t position, int32_t *token) {
     if (s->p.temperature == 0) {
@@ -361,7 +368,8 @@ static int choose(qvl__sampler *s, const float *x, int limit, uint64_t position,
     return 0;
 }
 
-int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position, qvl__choice *out) {
+int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position,
+                qvl__choice *out) {
     if (limit > s->vocab) limit = s->vocab;
     out->logprob = NAN;
     out->n_top = 0;

@@ -42,13 +42,15 @@ typedef struct {
 } qvl__sampler;
 
 /* Reads the request's options (unset ones from g); checks ids against vocab. On failure s holds nothing. */
-int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt, size_t n);
+int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt,
+                      size_t n);
 void qvl__sampler_free(qvl__sampler *s);
 /* position = index of the token to be chosen in the whole sequence; logits are overwritten. limit: ids >= limit are
  * never chosen (padding of the vocabulary beyond the tokenizer). banned: ids that may not be chosen now (end tokens
  * before min_tokens). QVL_ENUMERIC when a logit is NaN or +inf or when none is left to choose. Greedy takes the lowest
  * id among equals. */
-int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position, qvl__choice *out);
+int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position,
+                qvl__choice *out);
 void qvl__sampler_accept(qvl__sampler *s, int32_t token);
 /* What sampling would draw from: kept ids in descending probability (equal ones: the lowest id first), for tests.
  * Returns their number. Not for greedy. */

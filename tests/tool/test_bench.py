@@ -1,8 +1,11 @@
 """test_bench.py - qvl bench: the form of its results is a contract (docs/tool.md)."""
 import json
+import signal
+import subprocess
+import time
 
 import pytest
-from conftest import TINY, qvl
+from conftest import QVL, TINY, environment, qvl
 
 
 def bench(*args):
@@ -68,3 +71,11 @@ def test_table():
     for r in rows[2:5]:
         median, low, high = map(float, r[4:7])
         assert low <= median <= high
+
+
+def test_interrupt():
+    p = subprocess.Popen([str(QVL), "bench", "--decode", "3500", "--repeat", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    time.sleep(1)  # loaded or loading: both must end
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and err == b"" and b"decode" not in out

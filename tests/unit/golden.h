@@ -63,7 +63,8 @@ static inline size_t golden_ids(const json_t *o, const char *key, int32_t **ids)
 
 /* The published tokenizer lies compressed in the repository. */
 static inline void golden_unpack(void) {
-    if (system("python3 tests/golden/unpack.py") != 0) golden_die("tests/golden/unpack.py", "failed; run tests from the repository's root");
+    if (system("python3 tests/golden/unpack.py") != 0)
+        golden_die("tests/golden/unpack.py", "failed; run tests from the repository's root");
 }
 
 static inline qvl_tokenizer *golden_tokenizer(const char *dir) {

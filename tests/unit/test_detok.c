@@ -47,10 +47,15 @@ static void real_streams(void **state) { (void)state, check_stream(real, "tests/
 /* Replacement by the standard's definition, written the slow way: from each byte the longest prefix of a well-formed
  * sequence (table 3-7 row by row); a whole one is a character, anything else one U+FFFD of at least one byte. */
 static void replace_by_definition(const uint8_t *s, size_t n, qvl__buf *out) {
-    static const uint8_t rows[][8] = {
-        {0x00, 0x7F}, {0xC2, 0xDF, 0x80, 0xBF}, {0xE0, 0xE0, 0xA0, 0xBF, 0x80, 0xBF}, {0xE1, 0xEC, 0x80, 0xBF, 0x80, 0xBF},
-        {0xED, 0xED, 0x80, 0x9F, 0x80, 0xBF}, {0xEE, 0xEF, 0x80, 0xBF, 0x80, 0xBF}, {0xF0, 0xF0, 0x90, 0xBF, 0x80, 0xBF, 0x80, 0xBF},
-        {0xF1, 0xF3, 0x80, 0xBF, 0x80, 0xBF, 0x80, 0xBF}, {0xF4, 0xF4, 0x80, 0x8F, 0x80, 0xBF, 0x80, 0xBF}};
+    static const uint8_t rows[][8] = {{0x00, 0x7F},
+                                      {0xC2, 0xDF, 0x80, 0xBF},
+                                      {0xE0, 0xE0, 0xA0, 0xBF, 0x80, 0xBF},
+                                      {0xE1, 0xEC, 0x80, 0xBF, 0x80, 0xBF},
+                                      {0xED, 0xED, 0x80, 0x9F, 0x80, 0xBF},
+                                      {0xEE, 0xEF, 0x80, 0xBF, 0x80, 0xBF},
+                                      {0xF0, 0xF0, 0x90, 0xBF, 0x80, 0xBF, 0x80, 0xBF},
+                                      {0xF1, 0xF3, 0x80, 0xBF, 0x80, 0xBF, 0x80, 0xBF},
+                                      {0xF4, 0xF4, 0x80, 0x8F, 0x80, 0xBF, 0x80, 0xBF}};
     static const size_t lengths[] = {1, 2, 3, 3, 3, 3, 4, 4, 4};
     for (size_t i = 0; i < n;) {
         size_t best = 0, whole = 0;
@@ -68,8 +73,9 @@ static void replace_by_definition(const uint8_t *s, size_t n, qvl__buf *out) {
 
 static void cuts_do_not_matter(void **state) {
     (void)state;
-    static const char *const units[] = {"a", "\xC3\xA9", "\xE4\xB8\xAD", "\xF0\x9F\x98\x80", "\x80", "\xC0", "\xE0\x80", "\xED\xA0", "\xF4\x90",
-                                        "\xF0\x9F", "\xE4\xB8", "\xC3", "\xFF", "\xF0\x9F\x98", "\xEF\xBF\xBD", "\xE0\xA0", "\xF0\x90"};
+    static const char *const units[] = {"a",        "\xC3\xA9",     "\xE4\xB8\xAD", "\xF0\x9F\x98\x80", "\x80",     "\xC0",
+                                        "\xE0\x80", "\xED\xA0",     "\xF4\x90",     "\xF0\x9F",         "\xE4\xB8", "\xC3",
+                                        "\xFF",     "\xF0\x9F\x98", "\xEF\xBF\xBD", "\xE0\xA0",         "\xF0\x90"};
     uint64_t seed = 4;
     for (int round = 0; round < 20000; round++) {
         qvl__buf bytes = {0}, want = {0}, got = {0};

@@ -46,7 +46,8 @@ static void golden_cases(void **state) {
         assert_int_equal(qvl_options_new(&o), 0);
         const char *name;
         json_object_foreach(json_object_get(c, "params"), name, v) {
-            int rc = json_is_integer(v) ? qvl_options_set_i64(o, name, json_integer_value(v)) : qvl_options_set_f64(o, name, json_number_value(v));
+            int rc = json_is_integer(v) ? qvl_options_set_i64(o, name, json_integer_value(v))
+                                        : qvl_options_set_f64(o, name, json_number_value(v));
             assert_int_equal(rc, 0);
         }
         qvl__sampler s;
@@ -81,7 +82,8 @@ static void golden_cases(void **state) {
                 qsort(want, n_p, sizeof *want, descending);
             } else have = 0;
         } else if (json_is_array(kept)) {
-            for (size_t k = 0; k < json_array_size(kept); k++) assert_true(by_id[json_integer_value(json_array_get(kept, k))] > 0);
+            for (size_t k = 0; k < json_array_size(kept); k++)
+                assert_true(by_id[json_integer_value(json_array_get(kept, k))] > 0);
         } else {
             assert_string_equal(json_string_value(kept), "all");
             assert_int_equal(positive, vocab);
@@ -194,7 +196,8 @@ static void cuts_equal_a_full_sort(void **state) {
             if (round % 5 == 4 && golden_random(&seed) % 4 == 0) logits[i] = -INFINITY;
         }
         int k = (int)(golden_random(&seed) % 100), limit = N;
-        double p = round % 4 == 0 ? 1 : (golden_random(&seed) % 1000) / 1000.0, m = round % 2 ? 0 : (golden_random(&seed) % 100) / 200.0;
+        double p = round % 4 == 0 ? 1 : (golden_random(&seed) % 1000) / 1000.0,
+               m = round % 2 ? 0 : (golden_random(&seed) % 100) / 200.0;
         double t = 0.2 + (golden_random(&seed) % 100) / 50.0;
         char text[4][32];
         snprintf(text[0], 32, "%d", k);
@@ -288,7 +291,8 @@ static void logprobs_are_the_models_own(void **state) {
     for (int i = 0; i < N; i++) sum += exp(raw[i]);
     qvl__sampler s;
     qvl__choice c;
-    make(&s, N, NULL, 0, OPTIONS("temperature", "0.5", "logprobs", "5", "logit_bias", "{\"10\": -100, \"30\": -100, \"3\": 60}", "top_k", "1"));
+    make(&s, N, NULL, 0,
+         OPTIONS("temperature", "0.5", "logprobs", "5", "logit_bias", "{\"10\": -100, \"30\": -100, \"3\": 60}", "top_k", "1"));
     assert_int_equal(qvl__sample(&s, x, N, NULL, 0, 0, &c), 0);
     assert_int_equal(c.token, 3);
     assert_true(fabs(c.logprob - (raw[3] - log(sum))) < 1e-5);
@@ -327,7 +331,8 @@ static void broken_logits_are_errors(void **state) {
         float none[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
         assert_int_equal(qvl__sample(&s, none, 4, NULL, 0, 0, &c), QVL_ENUMERIC);
         assert_int_equal(qvl__sample(&s, (float[]){1, 2, 3, 4}, 2, (const int32_t[]){0, 1}, 2, 0, &c), QVL_ENUMERIC);
-        assert_int_equal(qvl__sample(&s, (float[]){-INFINITY, -INFINITY, -4, -INFINITY}, 4, (const int32_t[]){-1, 99}, 2, 0, &c), 0);
+        assert_int_equal(qvl__sample(&s, (float[]){-INFINITY, -INFINITY, -4, -INFINITY}, 4, (const int32_t[]){-1, 99}, 2, 0, &c),
+                         0);
         assert_int_equal(c.token, 2);
         qvl__sampler_free(&s);
     }
@@ -383,8 +388,18 @@ static void options_and_defaults(void **state) {
     assert_true(s.p.temperature == 0 && s.p.top_p == 1 && s.p.top_k == 0 && s.p.repetition == 1);
     assert_true(!s.in_prompt && !s.count && !s.raw && !s.cand);
     qvl__sampler_free(&s);
-    static const char *const wrong[] = {"[1]", "{\"10\": 1}", "{\"-1\": 1}", "{\"x\": 1}", "{\"1.5\": 1}", "{\" 1\": 1}", "{\"1\": \"2\"}",
-                                        "{\"1\": 1e300}", "{\"99999999999999999999\": 1}", "{\"1\": 1", "7", "{\"\": 1}"};
+    static const char *const wrong[] = {"[1]",
+                                        "{\"10\": 1}",
+                                        "{\"-1\": 1}",
+                                        "{\"x\": 1}",
+                                        "{\"1.5\": 1}",
+                                        "{\" 1\": 1}",
+                                        "{\"1\": \"2\"}",
+                                        "{\"1\": 1e300}",
+                                        "{\"99999999999999999999\": 1}",
+                                        "{\"1\": 1",
+                                        "7",
+                                        "{\"\": 1}"};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         qvl_options_set(o, "logit_bias", wrong[i]);
         assert_int_equal(qvl__sampler_init(&s, o, &g, 10, prompt, 2), QVL_EINVAL);
@@ -399,7 +414,8 @@ static void options_and_defaults(void **state) {
                                                  {.temperature = 1, .top_p = 1.5, .repetition_penalty = 1},
                                                  {.temperature = 1, .top_p = 1, .repetition_penalty = 0},
                                                  {.temperature = 1, .top_p = 1, .repetition_penalty = 1, .top_k = -1}};
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) assert_int_equal(qvl__sampler_init(&s, NULL, &bad[i], 10, prompt, 2), QVL_EINVAL);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(qvl__sampler_init(&s, NULL, &bad[i], 10, prompt, 2), QVL_EINVAL);
 }
 
 /* ---- time ---- */

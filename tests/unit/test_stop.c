@@ -86,7 +86,8 @@ static void every_split(void **state) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         size_t n = strlen(cases[i].text), n_stops = 0;
         while (n_stops < 4 && cases[i].stops[n_stops]) n_stops++;
-        for (uint64_t cuts = 0; cuts < (uint64_t)1 << (n ? n - 1 : 0); cuts++) expect(cases[i].text, n, cases[i].stops, n_stops, cuts);
+        for (uint64_t cuts = 0; cuts < (uint64_t)1 << (n ? n - 1 : 0); cuts++)
+            expect(cases[i].text, n, cases[i].stops, n_stops, cuts);
     }
 }
 

@@ -123,7 +123,8 @@ static size_t merge_by_definition(json_t *rank_of, json_t *vocab, const char *wo
 
 static void words_merge_by_definition(void **state) {
     (void)state;
-    json_t *root = golden_json(SMALL_TOKENIZER "/tokenizer.json"), *model = json_object_get(root, "model"), *m, *rank_of = json_object();
+    json_t *root = golden_json(SMALL_TOKENIZER "/tokenizer.json"), *model = json_object_get(root, "model"), *m,
+           *rank_of = json_object();
     size_t i;
     json_array_foreach(json_object_get(model, "merges"), i, m) {
         char key[1024];
@@ -173,7 +174,9 @@ static size_t compose_with(const qvl_tokenizer *t, const char *a, const char *ad
     return k + n;
 }
 
-static size_t compose(const char *a, const char *added, const char *b, int32_t *out) { return compose_with(small, a, added, b, out); }
+static size_t compose(const char *a, const char *added, const char *b, int32_t *out) {
+    return compose_with(small, a, added, b, out);
+}
 
 static void spans_bound_added_tokens(void **state) {
     (void)state;
@@ -223,7 +226,8 @@ static void words_end_where_the_pattern_says(void **state) {
         size_t n, want_n = compose_with(real, pairs[i][0], NULL, pairs[i][1], want);
         snprintf(text, sizeof text, "%s%s", pairs[i][0], pairs[i][1]);
         assert_int_equal(qvl_tokenize(real, text, strlen(text), 0, &ids, &n), 0);
-        if (n != want_n || memcmp(ids, want, n * sizeof *ids) != 0) fail_msg("\"%s\" is not cut before \"%s\"", text, pairs[i][1]);
+        if (n != want_n || memcmp(ids, want, n * sizeof *ids) != 0)
+            fail_msg("\"%s\" is not cut before \"%s\"", text, pairs[i][1]);
         qvl_free(ids);
     }
 }
@@ -272,7 +276,8 @@ static void expect_nfc(const int32_t *cp, size_t n) {
     uint8_t *want;
     utf8proc_ssize_t want_n = utf8proc_map(text, (utf8proc_ssize_t)len, &want, UTF8PROC_STABLE | UTF8PROC_COMPOSE);
     assert_true(want_n >= 0);
-    if (out.len != (size_t)want_n || memcmp(out.data, want, out.len) != 0) fail_msg("NFC of text with U+%04X U+%04X", cp[0], cp[n / 2]);
+    if (out.len != (size_t)want_n || memcmp(out.data, want, out.len) != 0)
+        fail_msg("NFC of text with U+%04X U+%04X", cp[0], cp[n / 2]);
     free(want);
     qvl__buf_free(&out);
 }
@@ -291,7 +296,8 @@ static void nfc_equals_utf8proc(void **state) {
         expect_nfc(skipped, 10);
     }
     /* Runs of marks in every order, long enough for the merge sort. */
-    static const int32_t marks[] = {0x0301, 0x0316, 0x0323, 0x0307, 0x0345, 0x05B0, 0x3099, 0x0F71, 0x1D165, 0x0344, 0x0041, 0x00E9, 0x1161, 0x1100, 0x11A8, 0x0958};
+    static const int32_t marks[] = {0x0301,  0x0316, 0x0323, 0x0307, 0x0345, 0x05B0, 0x3099, 0x0F71,
+                                    0x1D165, 0x0344, 0x0041, 0x00E9, 0x1161, 0x1100, 0x11A8, 0x0958};
     uint64_t seed = 2;
     for (int round = 0; round < 5000; round++) {
         int32_t cp[100];
@@ -332,10 +338,13 @@ static void expect_same(void) {
 
 static void merges_as_strings(void **state) {
     (void)state;
-    json_t *root = golden_json(SMALL_TOKENIZER "/tokenizer.json"), *model = json_object_get(root, "model"), *lines = json_array(), *m;
+    json_t *root = golden_json(SMALL_TOKENIZER "/tokenizer.json"), *model = json_object_get(root, "model"), *lines = json_array(),
+           *m;
     size_t i;
-    json_array_foreach(json_object_get(model, "merges"), i, m)
-        json_array_append_new(lines, json_sprintf("%s %s", json_string_value(json_array_get(m, 0)), json_string_value(json_array_get(m, 1))));
+    json_array_foreach(json_object_get(model, "merges"), i, m) {
+        const char *left = json_string_value(json_array_get(m, 0)), *right = json_string_value(json_array_get(m, 1));
+        json_array_append_new(lines, json_sprintf("%s %s", left, right));
+    }
     json_object_set_new(model, "merges", lines);
     write_json("tokenizer.json", root);
     expect_same();
@@ -452,7 +461,8 @@ static void unknown_kinds_are_refused(void **state) {
         qvl_tokenizer *t;
         int rc = qvl_tokenizer_load(&t, scratch);
         if (rc != cases[i].code || !strstr(qvl_last_error(), cases[i].message))
-            fail_msg("%s = %s gave %s: %s", cases[i].path, cases[i].json ? cases[i].json : "(removed)", qvl_error_name(rc), qvl_last_error());
+            fail_msg("%s = %s gave %s: %s", cases[i].path, cases[i].json ? cases[i].json : "(removed)", qvl_error_name(rc),
+                     qvl_last_error());
         if (rc == 0) qvl_tokenizer_free(t);
         assert_null(t);
         json_decref(changed);
@@ -565,7 +575,8 @@ static void damaged_files(void **state) {
         memcpy(text, whole, n);
         for (int k = 0; k < round % 5 && n; k++) {
             static const char likely[] = "\"\\[]{},:u0\xC4\xFF\n -e";
-            text[golden_random(&seed) % (round % 3 ? n : n < 8000 ? n : 8000)] = likely[golden_random(&seed) % (sizeof likely - 1)];
+            size_t among = round % 3 || n < 8000 ? n : 8000, at = golden_random(&seed) % among; /* often near the head */
+            text[at] = likely[golden_random(&seed) % (sizeof likely - 1)];
         }
         snprintf(path, sizeof path, "%s/tokenizer.json", scratch);
         FILE *f = fopen(path, "w");
@@ -690,7 +701,8 @@ static void hostile_texts_take_bounded_time(void **state) {
     memset(text, ' ', MEGABYTE);
     text[MEGABYTE - 1] = 'x';
     assert_true(time_of("spaces and a letter", text, MEGABYTE) < BOUND_MS);
-    for (size_t i = 0; i < MEGABYTE; i += 2) memcpy(text + i, i < MEGABYTE / 2 ? "\xCC\x81" : "\xCC\x96", 2); /* all to be put in order */
+    for (size_t i = 0; i < MEGABYTE; i += 2)
+        memcpy(text + i, i < MEGABYTE / 2 ? "\xCC\x81" : "\xCC\x96", 2); /* all to be put in order */
     assert_true(time_of("combining marks out of order", text, MEGABYTE) < BOUND_MS);
     free(text);
 }
@@ -712,7 +724,8 @@ static void mixed_text_speed(void **state) {
     assert_true(time_of("golden texts (many scripts)", text, at) < BOUND_MS);
     free(text);
     json_decref(cases);
-    text = repeat("The quick brown fox, aged 12, doesn't jump over the lazy dog; it reads \"libqvl/encode/tokenize.c\" instead.\n");
+    text = repeat(
+        "The quick brown fox, aged 12, doesn't jump over the lazy dog; it reads \"libqvl/encode/tokenize.c\" instead.\n");
     assert_true(time_of("English", text, MEGABYTE) < BOUND_MS);
     free(text);
     double start = cpu_ms();
