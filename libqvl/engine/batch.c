@@ -19,19 +19,21 @@ static int visuals_within(const qvl_prompt *p, int tokens) {
     return n;
 }
 
-/* Blocks for the whole request: its beginning from the cache as far as it is there, the rest fresh. The last token of a
- * prompt is always computed, because its logits choose the first token of the answer. */
+/* Blocks for the tokens so far: the beginning from the cache as far as it is there, the rest fresh. The last token is
+ * always computed, because its logits choose the next one. Besides, every running request needs a block to go on with. */
 static bool take_blocks(qvl_engine *e, qvl__request *r) {
-    int shared = 0, most = e->prefix_cache ? (r->prompt_n - 1) / QVL__KV_BLOCK : 0;
+    int tokens = qvl__request_tokens(r), need = qvl__blocks_for(tokens), most = (tokens - 1) / QVL__KV_BLOCK, shared = 0;
+    if (!e->prefix_cache) most = 0;
+    if (most > r->n_keys) most = r->n_keys;
     while (shared < most && (r->table[shared] = qvl__blocks_share(&e->blocks, r->keys[shared])) >= 0) shared++;
-    if (!qvl__blocks_take(&e->blocks, r->table + shared, r->n_blocks - shared)) {
+    if (qvl__blocks_left(&e->blocks) < need - shared + e->n_running || !qvl__blocks_take(&e->blocks, r->table + shared, need - shared)) {
         qvl__blocks_give(&e->blocks, r->table, shared);
         return false;
     }
+    r->n_blocks = need;
     r->named = shared;
-    r->cached = r->prefix = shared * QVL__KV_BLOCK;
-    r->encoded = visuals_within(r->prompt, r->prefix);
-    e->prefix_tokens += (uint64_t)r->prefix;
+    r->cached = shared * QVL__KV_BLOCK;
+    r->encoded = visuals_within(r->prompt, r->cached);
     return true;
 }
 
@@ -42,8 +44,34 @@ void qvl__batch_admit(qvl_engine *e) {
         e->waiting = r->next;
         if (!e->waiting) e->waiting_tail = &e->waiting;
         r->next = NULL;
-        r->started = qvl__now_ms();
+        if (r->started == 0) {
+            r->started = qvl__now_ms();
+            r->prefix = r->cached;
+            e->prefix_tokens += (uint64_t)r->prefix;
+        }
         e->running[e->n_running++] = r;
+    }
+}
+
+/* Takes the blocks of the youngest running request away; it waits in front of all others to be computed again. */
+static void preempt(qvl_engine *e) {
+    qvl__request *r = e->running[--e->n_running];
+    qvl__blocks_give(&e->blocks, r->table, r->n_blocks);
+    r->n_blocks = r->cached = r->named = 0;
+    if (!e->waiting) e->waiting_tail = &r->next;
+    r->next = e->waiting;
+    e->waiting = r;
+    e->preempted++;
+}
+
+/* A block for the next token of every answer, oldest request first, so that the oldest always goes on. */
+static void grow(qvl_engine *e) {
+    for (int i = 0; i < e->n_running; i++) {
+        qvl__request *r = e->running[i];
+        while (r->n_blocks < qvl__blocks_for(qvl__request_tokens(r))) {
+            if (qvl__blocks_take(&e->blocks, r->table + r->n_blocks, 1)) r->n_blocks++;
+            else if (preempt(e), i >= e->n_running) break; /* it was the youngest itself */
+        }
     }
 }
 
@@ -56,7 +84,7 @@ static void add_rows(qvl_engine *e, qvl__batch *b, qvl__request *r, int n) {
     for (int k = 0; k < n; k++) {
         int pos = r->cached + k, row = b->rows++;
         bool in_prompt = pos < r->prompt_n;
-        e->rows.tokens[row] = in_prompt ? p->tokens[pos] : r->last;
+        e->rows.tokens[row] = in_prompt ? p->tokens[pos] : r->answer[pos - r->prompt_n];
         e->rows.seq[row] = seq;
         e->rows.pos[row] = pos;
         for (int axis = 0; axis < 3; axis++)
@@ -72,20 +100,24 @@ static void add_rows(qvl_engine *e, qvl__batch *b, qvl__request *r, int n) {
             e->rows.visual_index[i] = pads->offset + (pos - (int)pads->start);
         }
     }
-    if (r->cached + n >= r->prompt_n) {
+    if (r->cached + n == qvl__request_tokens(r)) {
         e->rows.out_row[b->outs] = b->rows - 1;
         e->rows.out_request[b->outs++] = r;
     }
     r->cached += n;
 }
 
+/* All is computed but the last token of the answer. */
+static bool decodes(const qvl__request *r) { return r->generated > 0 && r->cached + 1 == qvl__request_tokens(r); }
+
 void qvl__batch_build(qvl_engine *e, qvl__batch *b) {
     *b = (qvl__batch){0};
     e->rows.prompt_rows = 0;
+    grow(e);
     int first = e->n_running ? e->turn % e->n_running : 0;
     for (int i = 0; i < e->n_running; i++) {
         qvl__request *r = e->running[(first + i) % e->n_running];
-        if (r->generated == 0) continue;
+        if (!decodes(r)) continue;
         if (b->rows == e->max_batched) {
             e->turn = first + i; /* the ones left out come first in the next step */
             break;
@@ -94,8 +126,8 @@ void qvl__batch_build(qvl_engine *e, qvl__batch *b) {
     }
     for (int i = 0; i < e->n_running && b->rows < e->max_batched; i++) {
         qvl__request *r = e->running[i];
-        if (r->generated > 0 || r->encoded < r->prompt->n_visuals) continue;
-        int left = r->prompt_n - r->cached, room = e->max_batched - b->rows;
+        int left = qvl__request_tokens(r) - r->cached, room = e->max_batched - b->rows;
+        if (left == 0 || decodes(r) || r->encoded < r->prompt->n_visuals) continue; /* 0: it decodes in this step */
         add_rows(e, b, r, left < room ? left : room);
     }
     for (int axis = 0; axis < 3; axis++)
@@ -115,7 +147,7 @@ void qvl__batch_name_blocks(qvl_engine *e) {
     for (int i = 0; e->prefix_cache && i < e->n_running; i++) {
         qvl__request *r = e->running[i];
         for (; (r->named + 1) * QVL__KV_BLOCK <= r->cached; r->named++) {
-            if ((r->named + 1) * QVL__KV_BLOCK > r->prompt_n) qvl__request_key(r, r->named);
+            if (r->named == r->n_keys) qvl__request_key(r, r->named);
             qvl__blocks_name(&e->blocks, r->table[r->named], r->keys[r->named]);
         }
     }

@@ -233,6 +233,10 @@ static bool encode_one(qvl_engine *e) {
     for (int i = 0; i < e->n_running; i++) {
         qvl__request *r = e->running[i];
         while (r->encoded < r->prompt->n_visuals) {
+            if (r->embeddings[r->encoded]) { /* from before it was preempted */
+                r->encoded++;
+                continue;
+            }
             const qvl__visual *v = r->prompt->visuals[r->encoded];
             qvl_embedding *em = known_embedding(e, v);
             if (!em) {
@@ -276,16 +280,15 @@ static void advance(qvl_engine *e, qvl__request *r, float *logits) {
         fail(e, r, rc);
         return;
     }
-    v->token = r->last = v->choice.token;
+    v->token = r->answer[r->generated] = v->choice.token;
     v->has_logprobs = r->sampler.p.logprobs >= 0;
-    qvl__sampler_accept(&r->sampler, r->last);
-    r->answer[r->generated] = r->last;
+    qvl__sampler_accept(&r->sampler, v->token);
     if (r->generated++ == 0) r->first_token = qvl__now_ms();
 
-    bool end = is_end(r, r->last), stopped = false;
+    bool end = is_end(r, v->token), stopped = false;
     if (!end) {
         qvl__buf piece = {0};
-        qvl__detok_add(&r->detok, e->model->tokenizer, r->last, true, &piece);
+        qvl__detok_add(&r->detok, e->model->tokenizer, v->token, true, &piece);
         if (piece.len) stopped = qvl__stop_add(&r->stop, piece.data, piece.len, &v->text);
         bool failed = piece.failed || v->text.failed;
         qvl__buf_free(&piece);
@@ -304,6 +307,7 @@ static void publish(qvl_engine *e, int outs) {
     e->stats.prompt_tokens += (uint64_t)e->rows.prompt_rows;
     e->stats.generated_tokens += (uint64_t)outs;
     e->stats.images = e->images_encoded;
+    e->stats.preempted = e->preempted;
     e->stats.running = e->n_running;
     e->stats.prefix_tokens = e->prefix_tokens;
     e->stats.blocks_used = qvl__blocks_held(&e->blocks);

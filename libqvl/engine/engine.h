@@ -4,7 +4,8 @@
  * Input:      prompts and options from any thread; steps from one thread.
  * Output:     events.
  * Invariants: a request is in exactly one place: inbox, waiting, running, or gone;
- *             a running request owns the KV blocks of its prompt and its longest answer, so a step cannot run out;
+ *             a running request holds the KV blocks of the tokens it has; when none is left for the next token, the
+ *             youngest running request gives its blocks back and is computed again later, to the same bits (law 6);
  *             everything that other threads touch is under lock; the rest belongs to the stepping thread.
  */
 #ifndef QVL__ENGINE_H
@@ -32,13 +33,12 @@ typedef struct qvl__request {
     int n_eos, n_stop_ids;
 
     int prompt_n, cached, generated; /* prompt tokens; tokens whose keys are in the cache; tokens of the answer */
-    int32_t last;                    /* last token of the answer, not yet in the cache */
     int encoded;                     /* embeddings [0, encoded) are there */
-    int32_t *answer;                 /* [max_tokens] */
-    int32_t *table;                  /* KV blocks */
-    int n_blocks;
-    qvl__key *keys;                  /* [n_blocks] names of full blocks: the prompt's from the start, the answer's as they fill */
-    int named;                       /* blocks [0, named) have been named in the pool, or came from it */
+    int32_t *answer;                 /* [max_tokens]; the last one is not in the cache yet */
+    int32_t *table;                  /* [max_blocks] KV blocks, of which it holds the first n_blocks */
+    int n_blocks, max_blocks;
+    qvl__key *keys;                  /* [max_blocks] names of full blocks, n_keys of them known: the prompt's from the start */
+    int n_keys, named;                       /* blocks [0, named) have been named in the pool, or came from it */
     int prefix;                      /* prompt tokens found in the cache */
     atomic_bool cancelled;
     double submitted, started, first_token, vision_ms;
@@ -75,7 +75,7 @@ struct qvl_engine {
     uint64_t next_id;
     bool woken;
     struct {
-        uint64_t submitted, finished, failed, cancelled, steps, prompt_tokens, prefix_tokens, generated_tokens, images;
+        uint64_t submitted, finished, failed, cancelled, steps, prompt_tokens, prefix_tokens, generated_tokens, images, preempted;
         int running, blocks_used, blocks_kept;
     } stats;
 
@@ -85,7 +85,7 @@ struct qvl_engine {
     qvl__request *waiting, **waiting_tail;
     qvl__request **running;
     int n_running;
-    uint64_t images_encoded, prefix_tokens;
+    uint64_t images_encoded, prefix_tokens, preempted;
     int turn; /* where decodes start when not all of them fit a step */
     qvl_event *events;
     int n_events, cap_events;
@@ -97,6 +97,9 @@ struct qvl_engine {
         int prompt_rows;      /* how many rows are of prompts */
     } rows;
 };
+
+/* Tokens of the sequence so far: prompt and answer. */
+static inline int qvl__request_tokens(const qvl__request *r) { return r->prompt_n + r->generated; }
 
 /* ---- queue.c ---- */
 void qvl__request_free(qvl__request *r);

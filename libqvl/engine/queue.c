@@ -42,6 +42,7 @@ void qvl__request_key(qvl__request *r, int block) {
         marks[n++] = (qvl__mark){at, run->offset + first + at - (int)run->start, p->visuals[run->visual]->hash};
     }
     r->keys[block] = qvl__prefix_key(block ? r->keys[block - 1] : (qvl__key){0}, tokens, marks, n);
+    r->n_keys = block + 1;
 }
 
 /* Option stop_token_ids: a JSON array of ids. */
@@ -78,20 +79,20 @@ static int read_request(qvl__request *r, qvl_engine *e, const qvl_prompt *p, con
         return qvl__fail(QVL_ECONTEXT, "prompt of %zu tokens and max_tokens %lld are more than max_context %d; raise max_context or lower max_tokens", p->n,
                          (long long)want, e->max_context);
     r->max_tokens = (int)(want < room ? want : room);
-    r->n_blocks = qvl__blocks_for((int64_t)p->n + r->max_tokens);
-    if (r->n_blocks > e->blocks.total)
+    r->max_blocks = qvl__blocks_for((int64_t)p->n + r->max_tokens);
+    if (r->max_blocks > e->blocks.total)
         return qvl__fail(QVL_ECONTEXT, "prompt of %zu tokens and %d of answer need %d KV blocks of %d tokens; the engine has %d (option kv_blocks)", p->n,
-                         r->max_tokens, r->n_blocks, QVL__KV_BLOCK, e->blocks.total);
+                         r->max_tokens, r->max_blocks, QVL__KV_BLOCK, e->blocks.total);
     int rc = qvl__sampler_init(&r->sampler, o, &c->generation, c->text.vocab, p->tokens, p->n);
     if (rc == 0) rc = qvl__stop_init(&r->stop, qvl__opt_str(o, "stop"));
     if (rc == 0) rc = read_stop_ids(r, o, c->text.vocab);
     if (rc) return rc;
     if (!qvl__opt_is_set(o, "seed") && getrandom(&r->sampler.p.seed, sizeof r->sampler.p.seed, GRND_NONBLOCK) < 0)
         r->sampler.p.seed = (int64_t)(qvl__now_ms() * 1e6);
-    r->table = qvl__array(NULL, (size_t)r->n_blocks, sizeof *r->table);
+    r->table = qvl__array(NULL, (size_t)r->max_blocks, sizeof *r->table);
     r->embeddings = qvl__calloc((size_t)p->n_visuals + 1, sizeof *r->embeddings);
     r->answer = qvl__array(NULL, (size_t)r->max_tokens, sizeof *r->answer);
-    r->keys = qvl__array(NULL, (size_t)r->n_blocks, sizeof *r->keys);
+    r->keys = qvl__array(NULL, (size_t)r->max_blocks, sizeof *r->keys);
     if (!r->table || !r->embeddings || !r->answer || !r->keys) return QVL_ENOMEM;
     /* here, on the caller's thread, rather than in a step */
     for (int i = 0; e->prefix_cache && i < r->prompt_n / QVL__KV_BLOCK; i++) qvl__request_key(r, i);
@@ -198,8 +199,8 @@ int qvl_engine_stats(const qvl_engine *ce, char **json) {
     qvl__buf_printf(&b, "\"memory\": {\"weights\": %llu, \"kv\": %zu, \"workspace\": %zu}, ", (unsigned long long)e->model->weights.bytes,
                     e->kv.block_bytes * (size_t)e->kv.blocks, e->ws.bytes);
     qvl__buf_printf(&b, "\"max_requests\": %d, \"max_context\": %d, \"max_batched_tokens\": %d, ", e->max_requests, e->max_context, e->max_batched);
-    qvl__buf_printf(&b, "\"steps\": %llu, \"prompt_tokens\": %llu, \"prefix_tokens\": %llu, \"generated_tokens\": %llu, \"images_encoded\": %llu}",
-                    (unsigned long long)s.steps, (unsigned long long)s.prompt_tokens, (unsigned long long)s.prefix_tokens, (unsigned long long)s.generated_tokens, (unsigned long long)s.images);
+    qvl__buf_printf(&b, "\"steps\": %llu, \"prompt_tokens\": %llu, \"prefix_tokens\": %llu, \"generated_tokens\": %llu, \"images_encoded\": %llu, \"preempted\": %llu}",
+                    (unsigned long long)s.steps, (unsigned long long)s.prompt_tokens, (unsigned long long)s.prefix_tokens, (unsigned long long)s.generated_tokens, (unsigned long long)s.images, (unsigned long long)s.preempted);
     if (b.failed) {
         qvl__buf_free(&b);
         return QVL_ENOMEM;

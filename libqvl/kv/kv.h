@@ -39,6 +39,7 @@ int32_t qvl__blocks_share(qvl__blocks *b, qvl__key key);
 /* Says what a held block now holds. When another block of the same contents is known already, nothing happens. */
 void qvl__blocks_name(qvl__blocks *b, int32_t block, qvl__key key);
 void qvl__blocks_give(qvl__blocks *b, const int32_t *table, int n);
+static inline int qvl__blocks_left(const qvl__blocks *b) { return b->n_free + b->n_kept; }
 static inline int qvl__blocks_held(const qvl__blocks *b) { return b->total - b->n_free - b->n_kept; }
 
 /* ---- prefix.c ---- */

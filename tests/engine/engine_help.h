@@ -126,7 +126,7 @@ static inline qvl_options *sampling(uint64_t seed) {
     qvl_options *o = options("seed", number, "ignore_eos", "true", "return_logits", "true", "temperature", rnd(&s) % 2 ? "0" : "0.9", NULL);
     if (rnd(&s) % 3 == 0) OK(qvl_options_set(o, "repetition_penalty", "1.2"));
     if (rnd(&s) % 3 == 0) OK(qvl_options_set(o, "presence_penalty", "0.5"));
-    OK(qvl_options_set_i64(o, "max_tokens", 1 + (int64_t)(rnd(&s) % 12)));
+    OK(qvl_options_set_i64(o, "max_tokens", rnd(&s) % 4 ? 1 + (int64_t)(rnd(&s) % 12) : 64));
     return o;
 }
 

@@ -41,12 +41,23 @@ typedef struct {
     answer a;
 } slot;
 
+static long stat_of(qvl_engine *e, const char *name) {
+    char *json, key[64];
+    snprintf(key, sizeof key, "\"%s\": ", name);
+    OK(qvl_engine_stats(e, &json));
+    const char *at = strstr(json, key);
+    assert_non_null(at);
+    long n = atol(at + strlen(key));
+    qvl_free(json);
+    return n;
+}
+
 static void one_schedule(qvl_model *m, qvl_prompt **prompts, uint64_t seed, int requests) {
     uint64_t s = seed;
     char batched[16], most[16], blocks[16];
     snprintf(batched, sizeof batched, "%d", (int[]){1, 5, 7, 33, 64, 512}[rnd(&s) % 6]);
     snprintf(most, sizeof most, "%d", 1 + (int)(rnd(&s) % 10));
-    snprintf(blocks, sizeof blocks, "%d", 16 + (int)(rnd(&s) % 40));
+    snprintf(blocks, sizeof blocks, "%d", 12 + (int)(rnd(&s) % 40));
     qvl_options *eo = options("max_requests", most, "max_batched_tokens", batched, "kv_blocks", blocks, "max_context", "512", NULL);
     qvl_engine *e;
     OK(qvl_engine_new(&e, m, eo));
@@ -208,17 +219,6 @@ static answer finish(qvl_engine *e, const qvl_prompt *p, const qvl_options *o, i
     return a;
 }
 
-static long stat_of(qvl_engine *e, const char *name) {
-    char *json, key[64];
-    snprintf(key, sizeof key, "\"%s\": ", name);
-    OK(qvl_engine_stats(e, &json));
-    const char *at = strstr(json, key);
-    assert_non_null(at);
-    long n = atol(at + strlen(key));
-    qvl_free(json);
-    return n;
-}
-
 /* A second turn computes only what is new; another picture in the same place shares nothing from there on. */
 static void prefixes(void **state) {
     (void)state;
@@ -272,6 +272,56 @@ static void prefixes(void **state) {
     qvl_model_free(m);
 }
 
+/* Long answers in a pool that is too small for all of them: the youngest gives way again and again, and nobody can tell. */
+static void preemption(void **state) {
+    (void)state;
+    qvl_model *m = load("2", "auto");
+    qvl_options *one = options("max_requests", "1", "max_context", "160", NULL), *so = options("temperature", "0.8", "max_tokens", "64", "ignore_eos", "true", "return_logits", "true", NULL);
+    qvl_engine *alone_in;
+    qvl_prompt *p[12];
+    answer right[12], got[12];
+    uint64_t id[12];
+    int cached;
+    OK(qvl_engine_new(&alone_in, m, one));
+    for (int i = 0; i < 12; i++) {
+        int32_t ids[80];
+        for (int k = 0; k < 80; k++) ids[k] = 20 + (i / 2 * 7 + k * 3) % 3000; /* in pairs, so that prefixes are shared too */
+        OK(qvl_prompt_from_tokens(&p[i], m, ids, (size_t)(10 + 2 * i)));
+        OK(qvl_options_set_i64(so, "seed", i));
+        right[i] = finish(alone_in, p[i], so, &cached);
+    }
+    for (int cache = 0; cache < 2; cache++) {
+        qvl_options *eo = options("max_requests", "6", "max_context", "160", "kv_blocks", "8", "prefix_cache", cache ? "true" : "false", NULL);
+        qvl_engine *e;
+        OK(qvl_engine_new(&e, m, eo));
+        memset(got, 0, sizeof got);
+        for (int i = 0; i < 12; i++) {
+            OK(qvl_options_set_i64(so, "seed", i));
+            OK(qvl_engine_submit(e, p[i], so, &id[i]));
+        }
+        for (int done = 0; done < 12;) {
+            int n = qvl_engine_step(e, 0);
+            OK(n);
+            for (int k = 0; k < n; k++) {
+                const qvl_event *v = qvl_engine_event(e, k);
+                answer *a = &got[qvl_event_request(v) - id[0]];
+                take(a, v);
+                done += ended(a);
+            }
+        }
+        for (int i = 0; i < 12; i++) assert_true(same(&got[i], &right[i]));
+        assert_in_range(stat_of(e, "preempted"), 3, 1000);
+        assert_int_equal(blocks_used(e), 0);
+        qvl_engine_free(e);
+        qvl_options_free(eo);
+    }
+    for (int i = 0; i < 12; i++) qvl_prompt_free(p[i]);
+    qvl_engine_free(alone_in);
+    qvl_options_free(one);
+    qvl_options_free(so);
+    qvl_model_free(m);
+}
+
 static void refused(void **state) {
     (void)state;
     qvl_model *m = load("1", "auto");
@@ -307,6 +357,6 @@ static void refused(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(schedules), cmocka_unit_test(threads), cmocka_unit_test(one_owner), cmocka_unit_test(prefixes), cmocka_unit_test(refused)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(schedules), cmocka_unit_test(threads), cmocka_unit_test(one_owner), cmocka_unit_test(prefixes), cmocka_unit_test(preemption), cmocka_unit_test(refused)};
     return cmocka_run_group_tests_name("engine", tests, NULL, NULL);
 }

@@ -128,7 +128,8 @@ def drain(engine, wanted=None):
 def as_answer(events):
     logits = [e.logits for e in events if e.logits is not None]
     return Answer([e.token for e in events if e.token is not None], "".join(e.text for e in events),
-                  np.stack(logits) if logits else np.empty((0, 0), np.float32), events[-1].finish_reason, events[-1].usage, events)
+                  np.stack(logits) if logits else np.empty((0, 0), np.float32), events[-1].finish_reason, events[-1].usage,
+                  events)
 
 
 def run(model, prompt, engine_options=None, **sampling):

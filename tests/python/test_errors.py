@@ -53,13 +53,16 @@ def world(load):
 def test_bad_input(world, tmp_path, name, pattern, call):
     request = world.engine.submit(world.prompt, **world.options)
     early = [e.token for e in world.engine.step(timeout=0)]
-    with pytest.raises(qvl.Error) as caught:
-        call(world, tmp_path)
+    try:
+        with pytest.raises(qvl.Error) as caught:
+            call(world, tmp_path)
+    finally:
+        answer = early + drain(world.engine, {request})[request].tokens
     error = caught.value
     assert re.fullmatch(name, error.name), error
     assert re.search(pattern, error.message), error
     assert error.code < 0 and "\n" not in error.message and error.message in str(error)
-    assert early + drain(world.engine, {request})[request].tokens == world.want
+    assert answer == world.want
     assert world.model.chat(world.messages, **world.options).tokens == world.want
     stats = world.engine.stats
     assert stats["kv"]["blocks_used"] == 0 and stats["requests"]["running"] == stats["requests"]["waiting"] == 0
@@ -333,7 +336,8 @@ def video_frames_of_two_sizes(w, tmp):
 
 
 @bad("QVL_EFORMAT", r"messages\[0\]\.content\[0\]: video\[1\]: .*truncated\.png")
-def video_damaged_frame(w, tmp): w.ask([{"type": "video", "video": [support.frames("v1")[0], image_path("bad/truncated.png")], "fps": 1}])
+def video_damaged_frame(w, tmp):
+    w.ask([{"type": "video", "video": [support.frames("v1")[0], image_path("bad/truncated.png")], "fps": 1}])
 
 
 @bad("QVL_EUNSUPPORTED", r"video files are not decoded")
@@ -475,7 +479,8 @@ def context_kv_blocks(w, tmp): qvl.Engine(w.model, max_context=256, kv_blocks=2)
 @bad("QVL_ECONTEXT", r"messages\[0\].*tokens.*max_pixels")
 def context_too_many_pictures(w, tmp):
     tiny = qvl.Model(support.CHECKPOINTS["qvl-tiny"], threads=1)
-    tiny.prompt([{"role": "user", "content": [{"type": "image"}] * 70}], images=[qvl.Image(np.zeros((256, 256, 3), np.uint8))] * 70)
+    picture = qvl.Image(np.zeros((256, 256, 3), np.uint8))
+    tiny.prompt([{"role": "user", "content": [{"type": "image"}] * 70}], images=[picture] * 70)
 
 
 @bad("QVL_EINVAL", r"another model")
@@ -631,7 +636,8 @@ def checkpoint_no_tokenizer(w, tmp):
 
 config("QVL_EUNSUPPORTED", "older_model", r"Qwen2_5_VLForConditionalGeneration",
        lambda c: c.update(architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl"))
-config("QVL_EUNSUPPORTED", "half_moe", r"model_type", lambda c: c.update(architectures=["Qwen3VLMoeForConditionalGeneration"], model_type="qwen3_vl_moe"))
+config("QVL_EUNSUPPORTED", "half_moe", r"model_type",
+       lambda c: c.update(architectures=["Qwen3VLMoeForConditionalGeneration"], model_type="qwen3_vl_moe"))
 config("QVL_EUNSUPPORTED", "llama", r"llama", lambda c: c.update(architectures=["LlamaForCausalLM"], model_type="llama"))
 config("QVL_EUNSUPPORTED", "quantised", r"quantization_config", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
 config("QVL_EUNSUPPORTED", "rope_type", r'rope_type is "yarn"', rope(rope_type="yarn"))
@@ -655,11 +661,23 @@ config("QVL_EFORMAT", "no_vision", r"vision_config", lambda c: c.pop("vision_con
 config("QVL_EFORMAT", "small_vocabulary", r"ids up to 4095.*vocab_size is 4090", text(vocab_size=4090))
 config("QVL_EFORMAT", "temperature", r"generation_config\.json.*temperature", lambda g: g.update(temperature=-1, do_sample=True),
        file="generation_config.json")
-config("QVL_EFORMAT", "eos", r"generation_config\.json.*eos_token_id", lambda g: g.update(eos_token_id=10**6), file="generation_config.json")
+config("QVL_EFORMAT", "eos", r"generation_config\.json.*eos_token_id", lambda g: g.update(eos_token_id=10**6),
+       file="generation_config.json")
 config("QVL_EFORMAT", "processor", r"preprocessor_config\.json.*above", lambda p: p["size"].update(shortest_edge=10**9),
        file="preprocessor_config.json")
-config("QVL_EUNSUPPORTED", "template", r"chat template.*chat_template=", lambda c: c.update(chat_template="{{ messages[0].content }}"),
-       file="chat_template.json")
+
+
+
+@bad("QVL_EUNSUPPORTED", r"chat template.*chat_template=")
+def config_template(w, tmp):
+    """Tokens, logits and embeddings need no template; a chat does."""
+    folder = copy(tmp)
+    edit(folder / "chat_template.json", lambda c: c.update(chat_template="{{ messages[0].content }}"))
+    model = qvl.Model(folder, threads=1, dtype="f32")
+    assert model.logits([1, 2]).tobytes() == w.model.logits([1, 2]).tobytes()
+    assert qvl.Model(folder, threads=1, chat_template="instruct").render_chat(user("x")) == w.model.render_chat(user("x"))
+    model.chat(user("x"))
+
 
 damage("QVL_EFORMAT", r"config\.json.*line", "config.json", lambda p: replace(p, '{"model_type": "qwen3_vl",}'))("config_not_json")
 damage("QVL_EFORMAT", r"config\.json", "config.json", lambda p: replace(p, b""))("config_empty")
@@ -670,7 +688,8 @@ WEIGHTS = "model.safetensors"
 NORM = "model.language_model.layers.1.input_layernorm.weight"
 EMBED = "model.language_model.embed_tokens.weight"
 
-damage("QVL_EFORMAT", rf"tensor {NORM} is missing", WEIGHTS, lambda p: edit_weights(p, lambda t: t.pop(NORM)))("weights_missing_tensor")
+damage("QVL_EFORMAT", rf"tensor {NORM} is missing", WEIGHTS,
+       lambda p: edit_weights(p, lambda t: t.pop(NORM)))("weights_missing_tensor")
 damage("QVL_EUNSUPPORTED", r"tensor model\.extra", WEIGHTS,
        lambda p: edit_weights(p, lambda t: t.update({"model.extra": ("F32", [2], bytes(8))})))("weights_extra_tensor")
 damage("QVL_EFORMAT", rf"tensor {NORM} has shape 127", WEIGHTS,
@@ -681,8 +700,10 @@ damage("QVL_EUNSUPPORTED", rf"{NORM}.*I16", WEIGHTS,
        lambda p: edit_weights(p, lambda t: t.update({NORM: ("I16",) + t[NORM][1:]})))("weights_integer_type")
 damage("QVL_EUNSUPPORTED", rf"{NORM}.*F4", WEIGHTS,
        lambda p: edit_weights(p, lambda t: t.update({NORM: ("F4",) + t[NORM][1:]})))("weights_unknown_type")
-damage("QVL_EFORMAT", r"model\.safetensors.*truncated", WEIGHTS, lambda p: replace(p, p.read_bytes()[:-1000]))("weights_truncated")
-damage("QVL_EFORMAT", r"model\.safetensors.*truncated", WEIGHTS, lambda p: replace(p, p.read_bytes()[:500]))("weights_header_truncated")
+damage("QVL_EFORMAT", r"model\.safetensors.*truncated", WEIGHTS,
+       lambda p: replace(p, p.read_bytes()[:-1000]))("weights_truncated")
+damage("QVL_EFORMAT", r"model\.safetensors.*truncated", WEIGHTS,
+       lambda p: replace(p, p.read_bytes()[:500]))("weights_header_truncated")
 damage("QVL_EFORMAT", r"model\.safetensors.*too short", WEIGHTS, lambda p: replace(p, b"abc"))("weights_three_bytes")
 damage("QVL_EFORMAT", r"model\.safetensors", WEIGHTS, lambda p: replace(p, b"\xff" * 4096))("weights_noise")
 damage("QVL_EFORMAT", r"10 bytes follow", WEIGHTS, lambda p: replace(p, p.read_bytes() + bytes(10)))("weights_tail")
@@ -709,7 +730,8 @@ damage("QVL_EFORMAT", r"outside", INDEX, lambda p: edit(p, lambda i: i["weight_m
 damage("QVL_EFORMAT", r"weight_map", INDEX, lambda p: replace(p, "{}"), checkpoint="untied")("index_empty")
 damage("QVL_EFORMAT", r"index\.json", INDEX, lambda p: replace(p, "{"), checkpoint="untied")("index_not_json")
 damage("QVL_EIO", SHARD, SHARD, lambda p: p.unlink(), checkpoint="untied")("shard_missing")
-damage("QVL_EFORMAT", SHARD + ".*truncated", SHARD, lambda p: replace(p, p.read_bytes()[:-64]), checkpoint="untied")("shard_truncated")
+damage("QVL_EFORMAT", SHARD + ".*truncated", SHARD, lambda p: replace(p, p.read_bytes()[:-64]),
+       checkpoint="untied")("shard_truncated")
 damage("QVL_EFORMAT", r"stored twice", SHARD, lambda p: replace(p, (p.parent / "model-00001-of-00003.safetensors").read_bytes()),
        checkpoint="untied")("shard_twice")
 
@@ -717,12 +739,16 @@ TOKENIZER = "tokenizer.json"
 damage("QVL_EFORMAT", r"tokenizer\.json", TOKENIZER, lambda p: replace(p, p.read_bytes()[:20000]))("tokenizer_truncated")
 damage("QVL_EUNSUPPORTED", r"tokenizer\.json.*WordPiece", TOKENIZER,
        lambda p: edit(p, lambda t: t["model"].update(type="WordPiece")))("tokenizer_wordpiece")
-damage("QVL_EUNSUPPORTED", r"tokenizer\.json.*NFKC", TOKENIZER, lambda p: edit(p, lambda t: t["normalizer"].update(type="NFKC")))("tokenizer_nfkc")
+damage("QVL_EUNSUPPORTED", r"tokenizer\.json.*NFKC", TOKENIZER,
+       lambda p: edit(p, lambda t: t["normalizer"].update(type="NFKC")))("tokenizer_nfkc")
 damage("QVL_EFORMAT", r"merge 0", TOKENIZER,
        lambda p: edit(p, lambda t: t["model"]["merges"].insert(0, ["zzzz", "qqqq"])))("tokenizer_merge_of_nothing")
-damage("QVL_EFORMAT", r"same id", TOKENIZER, lambda p: edit(p, lambda t: t["model"]["vocab"].update(zzzz=7)))("tokenizer_id_twice")
-damage("QVL_EFORMAT", r"zzzz", TOKENIZER, lambda p: edit(p, lambda t: t["model"]["vocab"].update(zzzz=-7)))("tokenizer_negative_id")
-damage("QVL_EUNSUPPORTED", r"rstrip", TOKENIZER, lambda p: edit(p, lambda t: t["added_tokens"][0].update(rstrip=True)))("tokenizer_rstrip")
+damage("QVL_EFORMAT", r"same id", TOKENIZER,
+       lambda p: edit(p, lambda t: t["model"]["vocab"].update(zzzz=7)))("tokenizer_id_twice")
+damage("QVL_EFORMAT", r"zzzz", TOKENIZER,
+       lambda p: edit(p, lambda t: t["model"]["vocab"].update(zzzz=-7)))("tokenizer_negative_id")
+damage("QVL_EUNSUPPORTED", r"rstrip", TOKENIZER,
+       lambda p: edit(p, lambda t: t["added_tokens"][0].update(rstrip=True)))("tokenizer_rstrip")
 
 
 @bad("QVL_EFORMAT", r"vocab|ids")
@@ -785,8 +811,8 @@ def test_failed_request_leaves_the_others(load, tmp_path):
 def test_every_image_cut_anywhere(say):
     """Each kind of image, cut at many places: an Error of a known code, or (where only a trailer is lost) the right pixels."""
     errors = good = 0
-    for name in ("photo_320x240.jpg", "progressive_300x225.jpg", "rgba_160x120.png", "interlaced_rgb_133x97.png", "extra/lossy.webp",
-                 "extra/lossless_alpha.webp"):
+    for name in ("photo_320x240.jpg", "progressive_300x225.jpg", "rgba_160x120.png", "interlaced_rgb_133x97.png",
+                 "extra/lossy.webp", "extra/lossless_alpha.webp"):
         data = image_path(name).read_bytes()
         whole = qvl.Image(data).to_numpy()
         for end in range(0, len(data), max(1, len(data) // 60)):

@@ -11,7 +11,8 @@ import qvl
 from support import GOLDENS, drain, frames, image_path, run, user
 
 TOKENS = 10
-SEEDED = dict(temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1)
+SEEDED = dict(temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2,
+              frequency_penalty=0.1)
 VIDEO = {"type": "video", "video": frames("v1"), "fps": 2.0, "do_sample_frames": False}
 SHORT = {"type": "video", "video": frames("v3"), "fps": 25.0}
 
@@ -42,7 +43,8 @@ def alone(load):
     def get(name, dtype, kv):
         if (name, dtype, kv) not in known:
             model = load(name, dtype=dtype, threads=2)
-            known[name, dtype, kv] = {r: run(model, model.prompt(m), {"kv_dtype": kv}, **sampling(r)) for r, (m, _) in REQUESTS.items()}
+            known[name, dtype, kv] = {r: run(model, model.prompt(m), {"kv_dtype": kv}, **sampling(r))
+                                      for r, (m, _) in REQUESTS.items()}
         return known[name, dtype, kv]
 
     return get
@@ -142,9 +144,10 @@ def test_prefixes_of_other_requests(load, name, dtype):
     model, pixels = load(name, dtype=dtype, threads=2), qvl.Image(image_path("photo_320x240.jpg")).to_numpy()
     long = "List three colours. " * 20
     prompts = [model.prompt(m) for m in (
-        user(long), user(long + "More."), user(long[:200]), user(pixels, long), user(pixels[::-1], long), user(pixels[:, ::-1], long),
-        user(pixels, long + "More."), user(pixels, pixels[::-1], "x"), user(pixels[::-1], pixels, "x"), user({**VIDEO, "video": VIDEO["video"][::-1]}, "x"),
-        user(VIDEO, "x"), user({**VIDEO, "fps": 4.0}, "x"))]
+        user(long), user(long + "More."), user(long[:200]), user(pixels, long), user(pixels[::-1], long),
+        user(pixels[:, ::-1], long), user(pixels, long + "More."), user(pixels, pixels[::-1], "x"),
+        user(pixels[::-1], pixels, "x"), user(VIDEO, "x"), user({**VIDEO, "video": VIDEO["video"][::-1]}, "x"),
+        user({**VIDEO, "fps": 4.0}, "x"))]
     options = dict(temperature=0, max_tokens=4, ignore_eos=True, return_logits=True)
     want = [run(model, p, **options) for p in prompts]
     assert len({w.logits.tobytes() for w in want}) == len(want)

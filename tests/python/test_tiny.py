@@ -1,8 +1,8 @@
 """test_tiny - the bundled model answers its evaluation set with exactly the tokens that transformers gives (fp32, greedy).
 
 The set may be rewritten with the weights: nothing about its content is assumed. Where the two best logits are closer than
-2e-4 (twice the largest error the goldens allow us would be 2e-3; numpy in float64 itself differs by 2.2e-4) a differing token
-is a coin toss, counted and printed; anywhere else it is a failure.
+2e-4 (by which a float64 run of the same model differs from transformers' fp32) a differing token is a coin toss, counted and
+printed; anywhere else it is a failure.
 """
 import copy
 import json

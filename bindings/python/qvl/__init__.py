@@ -17,5 +17,5 @@ from .model import Completion, Model, Prompt, Stream, TokenLogprob, Tokenizer
 
 __version__: str = _library.qvl_version().decode()
 
-__all__ = ["Completion", "Embedding", "Engine", "Error", "Event", "EventError", "Image", "Model", "Prompt", "Stream", "TokenLogprob",
-           "Tokenizer", "options"]
+__all__ = ["Completion", "Embedding", "Engine", "Error", "Event", "EventError", "Image", "Model", "Prompt", "Stream",
+           "TokenLogprob", "Tokenizer", "options"]

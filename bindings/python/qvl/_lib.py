@@ -151,8 +151,8 @@ def _load() -> Library:
             return Library(found)
         except AttributeError as e:
             raise ImportError(f"qvl: {path} is not the libqvl that this package needs: {e}") from None
-    raise ImportError("qvl: libqvl was not found. Build it (make), install it (make install), or name the file in the environment "
-                      "variable QVL_LIBRARY. Tried:\n" + "\n".join(tried))
+    raise ImportError("qvl: libqvl was not found. Build it (make), install it (make install), or name the file in the "
+                      "environment variable QVL_LIBRARY. Tried:\n" + "\n".join(tried))
 
 
 lib = _load()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .model import Model, Prompt
 
 _TYPES = {1: "token", 2: "finished", 3: "error"}
-_USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "image_tokens": 3, "queue_ms": 4, "vision_ms": 5, "ttft_ms": 6, "total_ms": 7}
+_USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "image_tokens": 3, "queue_ms": 4, "vision_ms": 5, "ttft_ms": 6,
+          "total_ms": 7}
 _COUNTS = ("prompt_tokens", "completion_tokens", "image_tokens")
 _SLICE = 0.1  # seconds that C may wait before Python looks for signals
 

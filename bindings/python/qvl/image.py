@@ -68,7 +68,8 @@ class Image(Handle):
 
 def _pixels(source: Any) -> np.ndarray:
     if not isinstance(source, np.ndarray) and not hasattr(source, "__array_interface__"):
-        raise invalid(f"a picture must be a path, bytes or a uint8 array of shape [height, width, 3], not a {type(source).__name__}")
+        raise invalid("a picture must be a path, bytes or a uint8 array of shape [height, width, 3], not a "
+                      f"{type(source).__name__}")
     pixels = np.asarray(source)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise invalid(f"an array of pixels must be uint8[height, width, 3], not {pixels.dtype.name}{list(pixels.shape)}")

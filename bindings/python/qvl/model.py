@@ -15,7 +15,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from ._lib import Error, Handle, Options, check, copy_array, lib, take_array, take_bytes, take_text, text_bytes, to_json, token_array
+from ._lib import (Error, Handle, Options, check, copy_array, lib, take_array, take_bytes, take_text, text_bytes, to_json,
+                   token_array)
 from .engine import Engine, Event, ReasoningSplitter
 from .image import Embedding, to_image
 from .messages import bare, split
@@ -216,7 +217,8 @@ class Model(Handle):
                  progress: Optional[Callable[[int, int], Any]] = None, **options: Any) -> None:
         out = C.c_void_p()
         # With a callback of ours even without one of the caller's, signals are seen while weights load.
-        with Options({"device": device, "dtype": dtype, "threads": threads, **options}, progress or (lambda done, total: None)) as o:
+        given = {"device": device, "dtype": dtype, "threads": threads, **options}
+        with Options(given, progress or (lambda done, total: None)) as o:
             rc = lib.qvl_model_load(C.byref(out), _path(path), o)
             if o.failure is not None:
                 if rc >= 0:
@@ -307,8 +309,8 @@ class Model(Handle):
         check(lib.qvl_logits(self, prompt, out.ctypes.data, out.size))
         return out
 
-    def chat(self, messages: Any, images: Optional[Sequence[Any]] = None, tools: Optional[Sequence[Any]] = None, stream: bool = False,
-             **options: Any) -> Union[Completion, Stream]:
+    def chat(self, messages: Any, images: Optional[Sequence[Any]] = None, tools: Optional[Sequence[Any]] = None,
+             stream: bool = False, **options: Any) -> Union[Completion, Stream]:
         """Answers messages (see prompt) and returns a Completion; with stream=True a Stream of events at once, whose
         `completion` is set after the last one:
 
