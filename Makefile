@@ -160,6 +160,7 @@ lint: all
 	tests/lint/includes.sh
 	tests/lint/symbols.sh $(B)
 	tests/lint/length.sh
+	tests/lint/kern_symbols.sh $(B)/libqvl/device/cpu
 docs: $(B)/qvl ## docs/options.md from the library's own table
 	$(B)/qvl help options --markdown > docs/options.md
 

@@ -86,6 +86,7 @@ static int field_open(field *f, bench *b, long prompt, long answer) {
     if (!o) return f->prompts && f->tokens ? TOOL_FAILED : tool_fail("out of memory");
     long context = prompt + answer, blocks = (context + 31) / 32; /* a block holds 32 tokens, see option kv_blocks */
     int rc = qvl_options_set_i64(o, "max_requests", b->streams);
+    if (rc == 0) rc = qvl_options_set(o, "prefix_cache", "false"); /* every run computes everything */
     if (rc == 0) rc = qvl_options_set_i64(o, "max_context", context);
     if (rc == 0) rc = qvl_options_set_i64(o, "kv_blocks", blocks * b->streams);
     if (rc == 0 && !tool_get(b->args, "max_batched_tokens") && b->streams > tool_library_number(b->args, "max_batched_tokens"))

@@ -105,6 +105,7 @@ static int parse_bool(const char *s, int64_t *out) {
 }
 
 int qvl_options_new(qvl_options **out) {
+    if (!out) return qvl__fail(QVL_EINVAL, "qvl_options_new: out is NULL");
     *out = qvl__calloc(1, sizeof **out);
     if (!*out) return QVL_ENOMEM;
     qvl__handle_born();

@@ -38,8 +38,8 @@ static int load(qvl_model *m, const char *path, const qvl_options *o) {
     if (rc == 0) rc = qvl__pool_new(&m->pool, (int)qvl__opt_i64(o, "threads"));
     if (rc == 0) rc = qvl__cpu_open(&m->device, m->pool, strcmp(dtype, "f32") != 0);
     if (rc == 0) rc = qvl__rope_init(m);
-    if (rc == 0) rc = qvl__weights_load(&m->weights, &m->config, path, m->device, dtype, progress, ud);
     m->kv_type = strcmp(dtype, "f32") == 0 ? QVL__F32 : QVL__BF16;
+    if (rc == 0) rc = qvl__weights_load(&m->weights, &m->config, path, m->device, dtype, progress, ud);
     return rc;
 }
 
@@ -84,8 +84,9 @@ int qvl_model_info(const qvl_model *m, char **json) {
     qvl__buf b = {0};
     qvl__buf_puts(&b, "{\"family\": ");
     qvl__json_quote(&b, m->config.family, strlen(m->config.family));
-    qvl__buf_printf(&b, ", \"template\": \"%s\", \"dtype\": \"%s\", \"kv_dtype\": \"%s\", \"device\": \"%s\", \"isa\": \"%s\", \"threads\": %d, ",
-                    qvl__template_name(m->template_), types[m->weights.type], types[m->kv_type], m->device->name, m->device->isa, qvl__pool_threads(m->pool));
+    const char *stored = types[m->weights.type], *dtype = m->kv_type == QVL__F32 ? "f32" : stored;
+    qvl__buf_printf(&b, ", \"template\": \"%s\", \"dtype\": \"%s\", \"weight_dtype\": \"%s\", \"kv_dtype\": \"%s\", \"device\": \"%s\", \"isa\": \"%s\", \"threads\": %d, ",
+                    qvl__template_name(m->template_), dtype, stored, types[m->kv_type], m->device->name, m->device->isa, qvl__pool_threads(m->pool));
     qvl__buf_printf(&b, "\"bf16_math\": %s, \"weight_bytes\": %" PRIu64 ", \"parameters\": %" PRIu64 ", \"vocab_size\": %d, \"max_context\": %d, ",
                     m->device->bf16_math ? "true" : "false", m->weights.bytes, m->weights.parameters, t->vocab, t->max_positions);
     qvl__buf_printf(&b, "\"text\": {\"hidden\": %d, \"layers\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"intermediate\": %d, \"rope_theta\": %.17g, "

@@ -314,6 +314,13 @@ static void identify(loader *l) {
             if (t->bytes <= 4096) break;
         }
     }
+    const qvl__text_config *t = &l->c->text;
+    const qvl__vision_config *v = &l->c->vision;
+    const qvl__processor *p = &l->c->processor;
+    const double numbers[] = {t->heads, t->kv_heads, t->head_dim, t->eps, t->rope_theta, t->mrope_section[0], t->mrope_section[1], t->mrope_section[2],
+                              t->experts, t->top_k, v->heads, v->n_deepstack, p->mean[0], p->mean[1], p->mean[2], p->std[0], p->std[1], p->std[2]};
+    qvl__sha256_add(&s, numbers, sizeof numbers);
+    qvl__sha256_add(&s, v->deepstack, sizeof v->deepstack);
     qvl__sha256_add(&s, l->d->isa, strlen(l->d->isa) + 1);
     uint8_t how[2] = {l->round_bf16, l->d->bf16_math};
     qvl__sha256_add(&s, how, sizeof how);

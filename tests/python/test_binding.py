@@ -423,6 +423,9 @@ def test_reasoning(load):
     assert got.text == thinking.decode_tokens(got.tokens[1:], skip_special=True).lstrip("\n")
     stream = thinking.chat(user("Hi"), stream=True, **bias)
     assert "".join(e.text for e in stream) == got.text and stream.completion.reasoning == ""
+    # A turn that is continued is not inside the reasoning.
+    got = thinking.chat(user("Hi"), add_generation_prompt=False, **options)
+    assert got.reasoning is None and got.text == thinking.decode_tokens(got.tokens, skip_special=True)
 
 
 @pytest.mark.parametrize("whole,reasoning,text", [
@@ -672,7 +675,7 @@ def test_another_thread_may_not_step(model):
 
 # ---------------------------------------------------------------------------------------------------- signals, freeing
 
-def interrupted(call):
+def interrupted(call, after=0.3):
     """Seconds from the signal to KeyboardInterrupt."""
     fired = []
 
@@ -681,7 +684,7 @@ def interrupted(call):
         raise KeyboardInterrupt
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        signal.setitimer(signal.ITIMER_REAL, after)
         with pytest.raises(KeyboardInterrupt):
             call()
         return time.monotonic() - fired[0]
@@ -695,6 +698,8 @@ def test_keyboard_interrupt(model):
     endless = dict(temperature=0, max_tokens=100000, ignore_eos=True)
     assert interrupted(lambda: model.chat(user("Hi"), **endless)) < 2
     assert interrupted(lambda: list(model.chat(user("Hi"), stream=True, **endless))) < 2
+    for after in np.random.default_rng(4).uniform(0.005, 0.05, 25):  # wherever it hits
+        assert interrupted(lambda: model.chat(user("Hi"), logprobs=5, **endless), after) < 2
     engine = qvl.Engine(model, max_context=64)
     assert interrupted(lambda: engine.step(timeout=None)) < 2
     assert model.chat(user("Hi"), **GREEDY).tokens == want

@@ -113,14 +113,14 @@ def _candidates() -> Iterable[str]:
 
 
 def _guarded(function: Any) -> Callable[..., Any]:
-    """ctypes wraps what an argument's conversion raises; a closed Handle shall raise its own Error."""
+    """ctypes refuses a closed Handle with an ArgumentError of its own words; ours say what is wrong."""
     def call(*arguments: Any) -> Any:
         try:
             return function(*arguments)
         except C.ArgumentError:
             for a in arguments:
-                if isinstance(a, Handle):
-                    a._as_parameter_
+                if isinstance(a, Handle) and a.closed:
+                    raise Error(EMISUSE, f"this {type(a).__name__} is closed") from None
             raise
     return call
 
@@ -132,8 +132,9 @@ class Library:
         for name, (result, *arguments) in _PROTOTYPES.items():
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
-            # Events are read by plain addresses, many times a token; all else takes handles.
-            setattr(self, name, function if name.startswith("qvl_event_") else _guarded(function))
+            # Events are read by plain addresses, many times a token, and freeing must not run Python; all else takes handles.
+            plain = name.startswith("qvl_event_") or name.endswith("_free")
+            setattr(self, name, function if plain else _guarded(function))
 
     def __getattr__(self, name: str) -> Any:  # for type checkers; every function is set above
         raise AttributeError(name)
@@ -196,19 +197,25 @@ def invalid(message: str) -> Error:
 class Handle:
     """Base of all objects that own a C handle. `close()` frees it early; otherwise it goes with the object."""
 
-    __slots__ = ("_pointer", "_finalizer", "__weakref__")
+    # _as_parameter_ is what ctypes passes for an object. A plain slot, no property: Python code that runs while ctypes
+    # converts arguments may be interrupted by a signal, and ctypes would turn KeyboardInterrupt into an ArgumentError.
+    __slots__ = ("_as_parameter_", "_finalizer", "__weakref__")
 
     def _own(self, pointer: C.c_void_p, free: Callable[[Any], None]) -> None:
-        self._pointer = pointer.value
-        self._finalizer = weakref.finalize(self, free, self._pointer)
+        self._as_parameter_ = pointer.value
+        self._finalizer = weakref.finalize(self, free, pointer.value)
         # At exit the process gives everything back, and a daemon thread may still be using the handle.
         self._finalizer.atexit = False  # type: ignore[misc]
+
+    @property
+    def closed(self) -> bool:
+        return not hasattr(self, "_as_parameter_")
 
     def close(self) -> None:
         """Frees the handle now. Using the object afterwards raises Error (QVL_EMISUSE). Safe to call twice; must not be
         called while another thread is using this object."""
-        if getattr(self, "_pointer", None):
-            self._pointer = None
+        if not self.closed:
+            del self._as_parameter_
             self._finalizer()
 
     def __enter__(self) -> Any:
@@ -219,13 +226,6 @@ class Handle:
 
     def __reduce__(self) -> Any:
         raise TypeError(f"a {type(self).__name__} belongs to this process and cannot be pickled or copied")
-
-    @property
-    def _as_parameter_(self) -> int:  # what ctypes passes for this object
-        pointer = getattr(self, "_pointer", None)
-        if not pointer:
-            raise Error(EMISUSE, f"this {type(self).__name__} is closed")
-        return pointer
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -273,15 +273,15 @@ class Options:
 
     def __init__(self, values: Mapping[str, Any], progress: Optional[Callable[[int, int], Any]] = None) -> None:
         self.failure: Optional[BaseException] = None
-        self._pointer = P()
-        check(lib.qvl_options_new(C.byref(self._pointer)))
+        self._as_parameter_ = P()
+        check(lib.qvl_options_new(C.byref(self._as_parameter_)))
         try:
             for name, value in values.items():
                 if value is not None:
                     self._set(name, value)
             if progress is not None:
                 self._callback = _PROGRESS(self._guard(progress))
-                check(lib.qvl_options_set_progress(self._pointer, C.cast(self._callback, P), None))
+                check(lib.qvl_options_set_progress(self, C.cast(self._callback, P), None))
         except BaseException:
             self.free()
             raise
@@ -289,21 +289,21 @@ class Options:
     def _set(self, name: str, value: Any) -> None:
         key = text_bytes(name, "option name")
         if name in _json_options:
-            check(lib.qvl_options_set(self._pointer, key, to_json(value, f"option {name}")))
+            check(lib.qvl_options_set(self, key, to_json(value, f"option {name}")))
         elif isinstance(value, (bool, np.bool_)):
-            check(lib.qvl_options_set(self._pointer, key, b"true" if value else b"false"))
+            check(lib.qvl_options_set(self, key, b"true" if value else b"false"))
         elif isinstance(value, (int, np.integer)):
             if -2**63 <= int(value) < 2**63:
-                check(lib.qvl_options_set_i64(self._pointer, key, int(value)))
+                check(lib.qvl_options_set_i64(self, key, int(value)))
             else:
-                check(lib.qvl_options_set(self._pointer, key, str(int(value)).encode()))
+                check(lib.qvl_options_set(self, key, str(int(value)).encode()))
         elif isinstance(value, (float, np.floating)):
-            check(lib.qvl_options_set_f64(self._pointer, key, float(value)))
+            check(lib.qvl_options_set_f64(self, key, float(value)))
         elif isinstance(value, str):
-            check(lib.qvl_options_set(self._pointer, key, text_bytes(value, f"option {name}")))
+            check(lib.qvl_options_set(self, key, text_bytes(value, f"option {name}")))
         else:
             # An unknown name is the better message of the two.
-            check(lib.qvl_options_set(self._pointer, key, type(value).__name__.encode("utf-8", "replace")))
+            check(lib.qvl_options_set(self, key, type(value).__name__.encode("utf-8", "replace")))
             raise invalid(f"option {name}: a {type(value).__name__} cannot be the value")
 
     def _guard(self, progress: Callable[[int, int], Any]) -> Callable[[Any, int, int], int]:
@@ -317,13 +317,9 @@ class Options:
                 return 1
         return call
 
-    @property
-    def _as_parameter_(self) -> Any:
-        return self._pointer
-
     def free(self) -> None:
-        lib.qvl_options_free(self._pointer)
-        self._pointer = P()
+        lib.qvl_options_free(self)
+        self._as_parameter_ = P()
 
     def __enter__(self) -> "Options":
         return self

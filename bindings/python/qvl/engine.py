@@ -153,7 +153,7 @@ class Engine(Handle):
                 return []
 
     def __repr__(self) -> str:
-        return "<qvl.Engine>" if self._pointer else "<qvl.Engine, closed>"
+        return "<qvl.Engine>" if not self.closed else "<qvl.Engine, closed>"
 
 
 class ReasoningSplitter:

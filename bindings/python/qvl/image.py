@@ -63,7 +63,7 @@ class Image(Handle):
         return copy_array(lib.qvl_image_pixels(self), (self.height, self.width, 3), np.uint8)
 
     def __repr__(self) -> str:
-        return f"<qvl.Image {self.width} x {self.height}>" if self._pointer else "<qvl.Image, closed>"
+        return f"<qvl.Image {self.width} x {self.height}>" if not self.closed else "<qvl.Image, closed>"
 
 
 def _pixels(source: Any) -> np.ndarray:
@@ -122,7 +122,7 @@ class Embedding(Handle):
         return copy_array(data.value, self.shape, np.float32)
 
     def __repr__(self) -> str:
-        return f"<qvl.Embedding {list(self.shape)}>" if self._pointer else "<qvl.Embedding, closed>"
+        return f"<qvl.Embedding {list(self.shape)}>" if not self.closed else "<qvl.Embedding, closed>"
 
 
 def to_image(source: Any, **options: Any) -> Image:

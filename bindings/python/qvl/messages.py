@@ -25,26 +25,22 @@ class Media:
     """A qvl_media list."""
 
     def __init__(self) -> None:
-        self._pointer = P()
-        check(lib.qvl_media_new(C.byref(self._pointer)))
+        self._as_parameter_ = P()
+        check(lib.qvl_media_new(C.byref(self._as_parameter_)))
 
     def add(self, item: Union[Image, Embedding]) -> None:
         if isinstance(item, Embedding):
-            check(lib.qvl_media_add_embedding(self._pointer, item))
+            check(lib.qvl_media_add_embedding(self, item))
         else:
-            check(lib.qvl_media_add_image(self._pointer, item))
+            check(lib.qvl_media_add_image(self, item))
 
     def add_video(self, frames: Sequence[Image], fps: float, sample: bool) -> None:
         handles = (P * len(frames))(*(f._as_parameter_ for f in frames))
-        check(lib.qvl_media_add_video(self._pointer, handles, len(frames), fps, int(sample)))
-
-    @property
-    def _as_parameter_(self) -> Any:
-        return self._pointer
+        check(lib.qvl_media_add_video(self, handles, len(frames), fps, int(sample)))
 
     def free(self) -> None:
-        lib.qvl_media_free(self._pointer)
-        self._pointer = P()
+        lib.qvl_media_free(self)
+        self._as_parameter_ = P()
 
     def __enter__(self) -> "Media":
         return self

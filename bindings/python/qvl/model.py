@@ -95,7 +95,7 @@ class Prompt(Handle):
         return n.value
 
     def __repr__(self) -> str:
-        return f"<qvl.Prompt, {len(self)} tokens>" if self._pointer else "<qvl.Prompt, closed>"
+        return f"<qvl.Prompt, {len(self)} tokens>" if not self.closed else "<qvl.Prompt, closed>"
 
 
 class TokenLogprob(NamedTuple):
@@ -326,7 +326,9 @@ class Model(Handle):
         room = len(prompt) + int(options.get("max_tokens") or _default_max_tokens())
         size = {"max_requests": 1, "max_context": min(room, self.info["max_context"])}
         engine = Engine(self, **{**options, **{k: v for k, v in size.items() if options.get(k) is None}})
-        answer = Stream(engine, engine.submit(prompt, **options), self.info["template"] == "thinking")
+        # A Thinking template opens the reasoning itself, unless the last turn is to be continued.
+        thinking = self.info["template"] == "thinking" and prompt.text.endswith("<think>\n")
+        answer = Stream(engine, engine.submit(prompt, **options), thinking)
         if stream:
             return answer
         with answer:
@@ -336,7 +338,7 @@ class Model(Handle):
         return answer.completion
 
     def __repr__(self) -> str:
-        return f"<qvl.Model {self.info['family']}, {self.info['dtype']}>" if self._pointer else "<qvl.Model, closed>"
+        return f"<qvl.Model {self.info['family']}, {self.info['dtype']}>" if not self.closed else "<qvl.Model, closed>"
 
 
 def _tools(tools: Optional[Sequence[Any]]) -> Optional[bytes]:
