@@ -160,6 +160,26 @@ def test_prefixes_of_other_requests(load, name, dtype):
     assert engine.stats["kv"]["blocks_used"] == 0
 
 
+@pytest.mark.parametrize("name,dtype,kv", ALL)
+def test_preempted(load, alone, name, dtype, kv):
+    """Blocks for less than all: the youngest give way and are computed again later, and no bit tells."""
+    model, want, longer = load(name, dtype=dtype, threads=2), alone(name, dtype, kv), 70
+
+    def options(r):
+        return dict(sampling(r), max_tokens=longer)
+    first = {r: run(model, model.prompt(REQUESTS[r][0]), {"kv_dtype": kv}, **options(r)) for r in list(REQUESTS)[::3]}
+    blocks = max((len(model.prompt(m)) + longer) // 32 + 1 for m, _ in REQUESTS.values()) + 3
+    engine = qvl.Engine(model, max_context=1024, max_requests=8, kv_dtype=kv, kv_blocks=blocks)
+    numbers = {engine.submit(model.prompt(REQUESTS[r][0]), **options(r)): r for r in REQUESTS}
+    for number, got in drain(engine).items():
+        r = numbers[number]
+        assert got.tokens[:TOKENS] == want[r].tokens and got.logits[:TOKENS].tobytes() == want[r].logits.tobytes(), r
+        if r in first:
+            assert got.tokens == first[r].tokens and got.text == first[r].text, r
+            assert got.logits.tobytes() == first[r].logits.tobytes(), r
+    assert engine.stats["preempted"] > 0 and engine.stats["kv"]["blocks_used"] == 0
+
+
 def embedded(model, messages, through_bytes):
     """The same messages with embeddings in the place of pictures."""
     def of(part):
