@@ -336,8 +336,9 @@ static bool wait_for_work(qvl_engine *e, int timeout_ms) {
 
 int qvl_engine_step(qvl_engine *e, int timeout_ms) {
     if (!e) return qvl__fail(QVL_EINVAL, "qvl_engine_step: engine is NULL");
-    if (!atomic_exchange(&e->owned, true)) e->owner = pthread_self();
-    else if (!pthread_equal(e->owner, pthread_self()))
+    static _Thread_local char mark; /* its address is this thread's name */
+    uintptr_t me = (uintptr_t)&mark, nobody = 0;
+    if (!atomic_compare_exchange_strong(&e->owner, &nobody, me) && nobody != me)
         return qvl__fail(QVL_EMISUSE, "qvl_engine_step: this engine is stepped by another thread");
     e->n_events = 0;
     if (e->n_running == 0 && !e->waiting && !wait_for_work(e, timeout_ms)) return 0;

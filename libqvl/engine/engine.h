@@ -80,8 +80,7 @@ struct qvl_engine {
     } stats;
 
     /* the stepping thread's */
-    atomic_bool owned;
-    pthread_t owner;
+    atomic_uintptr_t owner; /* address of the owner's thread-local mark; 0 until somebody steps */
     qvl__request *waiting, **waiting_tail;
     qvl__request **running;
     int n_running;

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _TYPES = {1: "token", 2: "finished", 3: "error"}
 _USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "image_tokens": 3, "queue_ms": 4, "vision_ms": 5, "ttft_ms": 6,
-          "total_ms": 7}
-_COUNTS = ("prompt_tokens", "completion_tokens", "image_tokens")
+          "total_ms": 7, "cached_tokens": 8}
+_COUNTS = ("prompt_tokens", "completion_tokens", "image_tokens", "cached_tokens")
 _SLICE = 0.1  # seconds that C may wait before Python looks for signals
 
 
@@ -82,7 +82,8 @@ class Engine(Handle):
     """Runs requests of one model together (continuous batching over a paged KV cache). A request gets the same tokens
     whatever else runs beside it.
 
-    Options: max_requests, max_context, max_batched_tokens, kv_blocks (of 32 tokens), kv_dtype ("auto", "f32", "bf16").
+    Options: max_requests, max_context, max_batched_tokens, kv_blocks (of 32 tokens), kv_dtype ("auto", "f32", "bf16"),
+    prefix_cache (True: blocks of prompts that begin alike are shared).
     All memory is taken here. Threads: the thread that first calls step owns stepping (another one gets Error
     QVL_EMISUSE); submit, cancel, wake and stats may be called from any thread.
 
