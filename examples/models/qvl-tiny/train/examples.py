@@ -22,11 +22,11 @@ PICTURES = [
      [("yellow", "triangle", .25, .5, .54, 0), ("red", "star", .74, .5, .54, 0)]),
     ("heart.jpg", 256, 256, ("light yellow",), None, [("red", "heart", .5, .5, .56, 0)]),
     ("three.webp", 320, 192, ("black",), None,
-     [("yellow", "star", .18, .5, .44, -5), ("green", "square", .5, .5, .44, 4), ("orange", "triangle", .82, .5, .44, 0)]),
-    ("cross.png", 256, 256, ("gray",), None, [("white", "cross", .3, .7, .35, 8), ("purple", "circle", .68, .3, .46, 0)]),
+     [("yellow", "star", .18, .52, .5, 0), ("green", "square", .5, .5, .46, 0), ("orange", "triangle", .82, .5, .5, 0)]),
+    ("cross.png", 256, 256, ("gray",), None, [("white", "cross", .29, .7, .34, 8), ("purple", "circle", .68, .32, .5, 0)]),
     ("four.jpg", 288, 224, ("white",), None,
      [("purple", "heart", .16, .3, .34, 0), ("green", "circle", .4, .7, .34, 0), ("red", "triangle", .63, .3, .34, 0), ("blue", "square", .85, .7, .34, 5)]),
-    ("number.png", 256, 192, ("light blue",), ("7", "black", 84, .5, .5), []),
+    ("number.png", 288, 224, ("light green",), ("35", "black", 64, .26, .5), [("red", "heart", .72, .5, .5, 0)]),
 ]
 
 

@@ -331,8 +331,8 @@ def there_are(n, one, many):
 
 TASKS = {  # task -> weight in training
     "caption": 3.2, "caption_zh": .4, "count": 1.1, "count_by": 1.1, "color": 1.4, "shape": 1.4, "yesno": 1.2, "beside": 1.0,
-    "relation": .9, "background": .3, "largest": .4, "locate": 4.2, "locate_all": .4, "count_zh": .3, "color_zh": .4, "yesno_zh": .4,
-    "read": 2.6,
+    "relation": .9, "background": .25, "largest": .4, "locate": 6.0, "locate_all": .4, "count_zh": .3, "color_zh": .4, "yesno_zh": .4,
+    "read": 2.0,
 }
 
 

@@ -3,10 +3,8 @@
     python train.py --sight 1400 --steps 800 --decay 360 --run run    # train; --resume continues from run/last.pt
     python train.py --run run --export release                        # write the bf16 safetensors and the configuration files
 
-The shipped weights were made in three calls, because the first phase was lengthened on the way (checkpoints fall on multiples of --every):
-    python train.py --sight 900 --until 300
-    python train.py --resume --sight 540 --until 450
-    python train.py --resume --sight 1400 --steps 800 --decay 360
+The shipped weights were not made in one call; README.md tells which steps followed which recipe. --resume with a larger --steps raises
+the rate again; a SIGTERM saves before it ends.
 
 Every batch is a function of (seed, step), so a run can be repeated. The network below has the parameter names and the
 arithmetic of Qwen3VLForConditionalGeneration; check.py compares the two.
@@ -20,6 +18,7 @@ import json
 import math
 import multiprocessing as mp
 import os
+import queue
 import random
 import re
 import signal
@@ -199,7 +198,7 @@ def build(seed, step, micro=0, rows=8, force=None):
     import scenes as S
     rng = random.Random(f"{seed}/{step}/{micro}")
     stage = 1 if step < 60 else 2 if step < 150 else 3 if step < 260 else 4
-    kind = force or ("image" if step < 150 else rng.choices(("image", "textfirst", "pair", "video", "text"), (.74, .08, .07, .06, .05) if step < 800 else (.79, .05, .05, .05, .06))[0])
+    kind = force or ("image" if step < 150 else rng.choices(("image", "textfirst", "pair", "video", "text"), (.74, .08, .07, .06, .05) if step < 800 else (.86, .03, .03, .03, .05))[0])
     level = min(1.0, .3 + step / 500)
     system = enc("") if rng.random() < .88 else [SP["im_start"]] + enc("system\n") + enc("You are a helpful assistant.") + [SP["im_end"]] + NL
     head = system + [SP["im_start"]] + enc("user\n")
@@ -517,6 +516,7 @@ class Net(nn.Module):
         self.model.visual, self.model.language_model = Vision(config["vision_config"]), Text(config["text_config"])
         d = config["text_config"]["hidden_size"]
         self.aux = nn.Linear(d, 8 + 11 + 4 + 4 * 37 + 64)  # training only
+        self.bins = nn.Linear(d, 4 * 50)  # training only: box edges as classes, a form the text layers read digits from more easily than from a line
         L = config["text_config"]["num_hidden_layers"]
         for n, p in self.named_parameters():
             if n.endswith("bias"):
@@ -615,6 +615,8 @@ class Net(nn.Module):
             extra = extra + (F.cross_entropy(y[:, :8], sh.view(-1), reduction="none") * w).sum() / w.sum()
             extra = extra + (F.cross_entropy(y[:, 8:19], co.view(-1), reduction="none") * w).sum() / w.sum()
             if fg.any():
+                edge = (bx.view(-1, 4)[fg] * 50).long().clamp(0, 49).view(-1)
+                extra = extra + .6 * F.cross_entropy(self.bins(F.rms_norm(f, (f.shape[-1],)).view(-1, f.shape[-1])[fg]).view(-1, 50), edge)
                 extra = extra + 12 * F.smooth_l1_loss(y[fg, 19:23] * .1 + .5, bx.view(-1, 4)[fg], beta=.05)
             c = ch.view(-1)
             w = torch.where(c > 0, 1.0, .1)
@@ -670,14 +672,14 @@ class Both:
 
     def __init__(self, named, muon, adam, vision):
         """vision: the vision tower learns at this fraction of the rate (small batches give it noisy gradients)"""
-        m, fast, slow, fc = [], [], [], []
+        m, fast, slow, fc, bins = [], [], [], [], []
         for n, p in named:
             if p.ndim == 2 and ("layers." in n or "blocks." in n or "linear_fc2" in n):
                 m.append((n, p))
             else:
-                (slow if "patch_embed.proj.weight" in n else fc if "visual." in n and p.ndim == 1 or "linear_fc1.weight" in n or n.startswith("aux") or "pos_embed" in n else fast).append(p)
+                (bins if n.startswith("bins") else slow if "patch_embed.proj.weight" in n else fc if "visual." in n and p.ndim == 1 or "linear_fc1.weight" in n or n.startswith("aux") or "pos_embed" in n else fast).append(p)
         self.muon = Muon(m, muon, vision)
-        self.adam = torch.optim.AdamW([{"params": fast, "lr": adam}, {"params": slow, "lr": adam / 15}, {"params": fc, "lr": adam / 4}], betas=(.9, .98), weight_decay=0.0)
+        self.adam = torch.optim.AdamW([{"params": fast, "lr": adam}, {"params": slow, "lr": adam / 15}, {"params": fc, "lr": adam / 4}, {"params": bins, "lr": adam}], betas=(.9, .98), weight_decay=0.0)
         self.base = [g["lr"] for g in self.adam.param_groups]
 
     def step(self, mult):
@@ -695,6 +697,8 @@ class Both:
 
     def load(self, s):
         self.muon.load(s["muon"])
+        mine = self.adam.state_dict()["param_groups"]
+        s["adam"]["param_groups"] += mine[len(s["adam"]["param_groups"]):]  # a state from before the bins
         self.adam.load_state_dict(s["adam"])
 
 
@@ -723,6 +727,33 @@ def probe(net, batches):
                 ok = bool((pred[m] == lab[m]).all())
             got[task], total[task] = got.get(task, 0) + ok, total.get(task, 0) + 1
     return sum(loss) / len(loss), {t: round(got[t] / total[t], 3) for t in sorted(total)}
+
+
+# ================================================================ workers
+def work(k, a, shared_net, out, free, ready, version, weight, turnstile):
+    """Draws micro-batches and hands their gradients over: one thread a worker, so no core waits for another inside a step (on a busy machine
+    that costs more than anything else). A gradient may be made from weights one step old."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    net = Net()
+    mine, theirs = list(net.parameters()), list(shared_net.parameters())
+    while True:
+        with turnstile.get_lock():
+            at = turnstile.value
+            turnstile.value += 1
+        t = time.process_time()
+        b = build(a.seed, at // a.micros, at % a.micros, a.rows)
+        made = version.value
+        with torch.no_grad():
+            for p, q in zip(mine, theirs):
+                p.copy_(q)
+                p.grad = None
+        main_loss, extra, *_ = net.loss(b)
+        (main_loss + weight.value * extra).backward()
+        cpu = time.process_time() - t
+        free.acquire()
+        torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in mine], out=out)
+        ready.put((k, made, b["kind"], main_loss.item(), extra.item(), cpu))
 
 
 # ================================================================ main
@@ -758,7 +789,9 @@ def main():
     ap.add_argument("--muon", type=float, default=.012)
     ap.add_argument("--adam", type=float, default=2e-3)
     ap.add_argument("--vision", type=float, default=.35, help="the vision tower's share of --muon in the second phase")
-    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--threads", type=int, default=2, help="worker processes of the second phase, threads of the first")
+    ap.add_argument("--end", type=float, default=0, help="stop by the clock: seconds since 1970, with a linear decay over the last --cool seconds")
+    ap.add_argument("--cool", type=float, default=1800)
     ap.add_argument("--tokenizer", default="release/tokenizer.json")
     ap.add_argument("--run", default="run")
     ap.add_argument("--resume", action="store_true")
@@ -770,7 +803,7 @@ def main():
     last = os.path.join(a.run, "last.pt")
     if a.export:
         net = Net()
-        net.load_state_dict(torch.load(last)["net"])
+        net.load_state_dict(torch.load(last)["net"], strict=False)
         export(net, a.export)
         return
     os.nice(max(0, 19 - os.nice(0)))
@@ -794,13 +827,13 @@ def main():
     c = torch.load(last) if a.resume and os.path.exists(last) else None
     sight = os.path.join(a.run, "sight.pt")
     if c:
-        net.load_state_dict(c["net"])
+        net.load_state_dict(c["net"], strict=False)
     elif a.sight:  # first the vision tower alone, on dense labels: pictures are cheap while there is no text to run
-        opt = Both([(n, p) for n, p in net.named_parameters() if n.startswith("aux") or "visual" in n and "deepstack" not in n], a.muon, a.adam, .6)
+        opt = Both([(n, p) for n, p in net.named_parameters() if n.startswith(("aux", "bins")) or "visual" in n and "deepstack" not in n], a.muon, a.adam, .6)
         k0 = 0
         if a.resume and os.path.exists(sight):
             d = torch.load(sight)
-            net.load_state_dict(d["net"])
+            net.load_state_dict(d["net"], strict=False)
             opt.load(d["opt"])
             k0, spent = d["step"], d["spent"]
         q, worker = source(k0, 1, 24, "dense")
@@ -826,48 +859,75 @@ def main():
     if c:
         opt.load(c["opt"])
         step, spent = c["step"], c["spent"]
-    q, worker = source(step, a.micros, a.rows)
     held = [build(a.seed + 10 ** 6, 10 ** 6, k, 8, f) for k, f in enumerate(("image",) * 16 + ("pair", "video", "text"))]
+
     def save():
         torch.save({"net": net.state_dict(), "opt": opt.state(), "step": step, "spent": spent, "args": vars(a)}, last + ".tmp")
         os.replace(last + ".tmp", last)
 
-    say("parameters", sum(p.numel() for n, p in net.named_parameters() if not n.startswith("aux")), "steps", step, "to", a.steps, "decay", a.decay)
+    net.share_memory()
+    ready, version, weight, turnstile = mp.Queue(), mp.Value("q", step), mp.Value("d", .5), mp.Value("q", step * a.micros)
+    grads = [torch.zeros(sum(p.numel() for p in net.parameters())).share_memory_() for _ in range(a.threads)]
+    free = [mp.Semaphore(1) for _ in range(a.threads)]
+    workers = [mp.Process(target=work, args=(k, a, net, grads[k], free[k], ready, version, weight, turnstile), daemon=True) for k in range(a.threads)]
+    for w in workers:
+        w.start()
+    torch.set_num_threads(1)
+    say("parameters", sum(p.numel() for n, p in net.named_parameters() if n.startswith("model.")), "steps", step, "to", a.steps, "decay", a.decay, "end", a.end, "cool", a.cool)
     saved, began = time.time(), time.time()
     avg = aavg = None
+    late = 0
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))  # kill saves before it ends
     while step < a.steps and not stop:
         mult = min(1.0, (step + 1) / 60, max(.01, (a.steps - step) / a.decay))
-        aw = .5 if step < a.steps - a.decay else .5 * mult
-        for _ in range(a.micros):
-            b = q.get()
-            with shared(a.lock):
-                t = time.time()
-                main_loss, extra, *_ = net.loss(b)
-                ((main_loss + aw * extra) / a.micros).backward()
-                spent += time.time() - t
-            if b["kind"] == "image":
-                avg = main_loss.item() if avg is None else .97 * avg + .03 * main_loss.item()
-                aavg = extra.item() if aavg is None else .97 * aavg + .03 * extra.item()
-        with shared(a.lock):
-            t = time.time()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            opt.step(mult)
-            spent += time.time() - t
-        time.sleep(.02)  # lets an exclusive lock in
+        if a.end:
+            left = a.end - time.time()
+            mult = min(mult, max(.01, left / a.cool))
+            if left <= 0:
+                break
+        weight.value = .5 * max(.4, mult)
+        n = 0
+        while n < a.micros and not stop:
+            try:
+                k, made, kind, main_loss, extra, cpu = ready.get(timeout=1)
+            except queue.Empty:
+                continue
+            spent += cpu / a.threads
+            if step - made <= 3:
+                at = 0
+                for p in net.parameters():
+                    g = grads[k][at:at + p.numel()].view_as(p)
+                    at += p.numel()
+                    if n == 0:
+                        p.grad = g / a.micros
+                    else:
+                        p.grad.add_(g, alpha=1 / a.micros)
+                n += 1
+            late += step > made
+            free[k].release()
+            if kind == "image":
+                avg = main_loss if avg is None else .97 * avg + .03 * main_loss
+                aavg = extra if aavg is None else .97 * aavg + .03 * extra
+        if stop:
+            break
+        t = time.process_time()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step(mult)
+        spent += (time.process_time() - t) / a.threads
         step += 1
-        if step % 20 == 0 and step < 100 or step % a.every == 0:
-            say(f"step {step} loss {avg:.4f} aux {aavg:.3f} lr x{mult:.2f} spent {spent:.0f}s wall {time.time() - began:.0f}s queue {q.qsize()}")
-        if step % (a.every * 3) == 0 or step == a.steps:
-            with shared(a.lock):
-                l, acc = probe(net, held)
+        version.value = step
+        if step % a.every == 0:
+            say(f"step {step} loss {avg:.4f} aux {aavg:.3f} lr x{mult:.2f} spent {spent:.0f}s wall {time.time() - began:.0f}s late {late}")
+        if step % (a.every * 6) == 0:
+            l, acc = probe(net, held)
             say(f"  held-out loss {l:.4f}", json.dumps(acc))
         if time.time() - saved > 120:
             save()
             saved = time.time()
     save()
-    worker.terminate()
+    for w in workers:
+        w.terminate()
 
 
 if __name__ == "__main__":
