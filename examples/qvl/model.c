@@ -7,6 +7,7 @@
  */
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <unistd.h>
 
 #include "tool.h"
@@ -24,7 +25,8 @@ static bool is_model(char *path, const char *dir, int dir_len, const char *rest)
 
 static bool find_bundled(char *path) {
     char exe[PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+    const char *started = (const char *)getauxval(AT_EXECFN); /* as it was executed; needs no /proc */
+    ssize_t n = started && realpath(started, exe) ? (ssize_t)strlen(exe) : 0;
     for (int up = 0; n > 0 && up < 4; up++) { /* build/release/qvl: three up is the source tree; bin/qvl: two is PREFIX */
         while (n > 0 && exe[n - 1] != '/') n--;
         if (n > 0) n--; /* the directory without its slash; "" is the root */
