@@ -114,7 +114,7 @@ $(B)/tests/%: tests/%.c $(LIB_A)
 .PHONY: unit unit-build
 unit-build: $(UNIT_BIN)
 unit: $(UNIT_BIN) ## the C tests
-	@python3 tests/golden/unpack.py
+	@$(PYTHON) tests/golden/unpack.py
 	@for t in $(UNIT_BIN); do echo "== $$t"; $$t || exit 1; done
 
 # Fuzz targets: replayed with random changes in every test run; "make fuzz" hands them to libFuzzer.
