@@ -123,8 +123,13 @@ void qvl_options_free(qvl_options *o) {
 static bool in_range(const struct def *d, double v) { return v >= d->min && v <= d->max; }
 
 static int wrong_type(const struct def *d, const char *given) {
-    return qvl__fail(QVL_EINVAL, "option %s: \"%.60s\" is not a %s%s%s", d->name, given, type_name(d->type), *d->choices ? ", one of " : "",
-                     d->choices);
+    if (*d->choices) return qvl__fail(QVL_EINVAL, "option %s: \"%.60s\" is not one of %s", d->name, given, d->choices);
+    return qvl__fail(QVL_EINVAL, "option %s: \"%.60s\" is not %s %s", d->name, given, d->type == I ? "an" : "a", type_name(d->type));
+}
+
+/* A numeric setter on an option that is not a number. */
+static int takes(const struct def *d, const char *given) {
+    return qvl__fail(QVL_EINVAL, "option %s takes a %s, not the number %s", d->name, type_name(d->type), given);
 }
 
 static int out_of_range(int i, const char *given) {
@@ -138,7 +143,7 @@ int qvl_options_set_i64(qvl_options *o, const char *name, int64_t value) {
     char given[32];
     snprintf(given, sizeof given, "%lld", (long long)value);
     if (defs[i].type == F) return qvl_options_set_f64(o, name, (double)value);
-    if (defs[i].type != I && defs[i].type != B) return wrong_type(&defs[i], given);
+    if (defs[i].type != I && defs[i].type != B) return takes(&defs[i], given);
     if (!in_range(&defs[i], (double)value)) return out_of_range(i, given);
     o->v[i].i = value;
     o->v[i].set = true;
@@ -151,7 +156,7 @@ int qvl_options_set_f64(qvl_options *o, const char *name, double value) {
     if (i < 0) return i;
     char given[32];
     snprintf(given, sizeof given, "%g", value);
-    if (defs[i].type != F) return wrong_type(&defs[i], given);
+    if (defs[i].type != F) return takes(&defs[i], given);
     if (!in_range(&defs[i], value)) return out_of_range(i, given); /* refuses NaN too */
     o->v[i].f = value;
     o->v[i].set = true;

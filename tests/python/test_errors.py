@@ -370,7 +370,7 @@ def option_top_p_range(w, tmp): w.engine.submit(w.text, top_p=1.5)
 def option_max_tokens_zero(w, tmp): w.engine.submit(w.text, max_tokens=0)
 
 
-@bad("QVL_EINVAL", r'option max_tokens: "many" is not a int')
+@bad("QVL_EINVAL", r'option max_tokens: "many" is not an int')
 def option_max_tokens_text(w, tmp): w.engine.submit(w.text, max_tokens="many")
 
 
