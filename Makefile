@@ -130,7 +130,7 @@ seeds_messages := tests/fuzz/seeds/messages/*
 seeds_safetensors := tests/fuzz/seeds/safetensors/*
 
 .PHONY: fuzz-replay fuzz
-fuzz-replay: $(FUZZ_BIN)
+fuzz-replay: $(FUZZ_BIN) ## the fuzz targets on seeds and random changes of them
 	@for t in $(FUZZ); do case $$t in $(foreach t,$(FUZZ),$t$(close) set -- $(seeds_$t);;) esac; \
 		$(B)/tests/fuzz/fuzz_$$t -n $(FUZZ_CHANGES) "$$@" || exit 1; done
 
@@ -149,15 +149,15 @@ PYTHON = $(shell for p in $(PY) python3 /usr/bin/python3; do $$p -c 'import nump
 PYTEST = QVL_LIBRARY=$(CURDIR)/$(B)/libqvl.so PYTHONPATH=$(CURDIR)/bindings/python $(PYTHON) -m pytest -q -p no:cacheprovider
 
 .PHONY: pytest
-pytest: all
+pytest: all ## goldens, invariance, bad inputs, the binding
 	$(PYTEST) tests/python
 
 .PHONY: tool-test abi lint docs
-tool-test: $(B)/qvl examples
+tool-test: $(B)/qvl examples ## the command line, terminals included
 	QVL_BUILD=$(CURDIR)/$(B) $(PYTEST) tests/tool
-abi: all
+abi: all ## exported symbols, the header in four languages, an installed tree
 	tests/abi/check.sh $(B)
-lint: all
+lint: all ## who includes whom, who allocates, what is exported
 	tests/lint/includes.sh
 	tests/lint/symbols.sh $(B)
 	tests/lint/length.sh
