@@ -358,7 +358,7 @@ const tool_command tool_bench = {
     .details = "Without a test: --load --image 448x448 --prefill 512 --decode 64. The engine is made as large as the tests need.",
     .options = options,
     .scopes = "model prompt engine",
-    .without = "max_requests max_context kv_blocks video_min_pixels video_max_pixels video_layout add_generation_prompt add_vision_id",
+    .without = "max_requests max_context kv_blocks prefix_cache video_min_pixels video_max_pixels video_layout add_generation_prompt add_vision_id",
     .max_words = 0,
     .run = run,
 };

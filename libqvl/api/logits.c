@@ -74,7 +74,7 @@ static void forced_chunk(forced *f, int first, int rows, float *out) {
             f->visual_index[visual_rows++] = p->runs[r].offset + at;
         }
     }
-    qvl__batch b = {.rows = rows, .seqs = 1, .tokens = f->tokens, .positions = f->positions, .seq = f->seq, .pos = f->pos, .table = f->table,
+    qvl__batch b = {.rows = rows, .seqs = 1, .tokens = f->tokens, .positions = f->positions, .stride = rows, .seq = f->seq, .pos = f->pos, .table = f->table,
                     .visual_rows = visual_rows, .visual_row = f->visual_row, .visual_src = f->visual_src, .visual_index = f->visual_index,
                     .outs = rows, .out_row = f->out_row};
     qvl__text_forward(f->m, &f->kv, &f->ws, &b);

@@ -154,17 +154,15 @@ int qvl__embedding_from_bytes(qvl_embedding **out, const uint8_t weights_id[32],
 
 /* ---- visual.c ---- */
 
-/* One image or video of a prompt: resized pixels, or an embedding that is already there. Shared by requests. */
+/* One image or video of a prompt: resized pixels, or an embedding that is already there. Owned by its prompt. */
 typedef struct {
-    atomic_int refs;
     int t, h, w;          /* patch grid: temporal pairs, rows, columns */
     int tokens;           /* t * h * w / merge^2 */
     bool video;
     uint8_t *frames;      /* 1 (image) or 2t frames of [h * patch][w * patch][3]; NULL when embedding is given */
-    qvl_embedding *embedding; /* owned reference, or NULL until encoded */
+    qvl_embedding *embedding; /* owned reference when the embedding was given, else NULL */
     uint8_t hash[32];     /* SHA-256 over kind, grid and pixels */
 } qvl__visual;
-qvl__visual *qvl__visual_ref(qvl__visual *v);
 void qvl__visual_free(qvl__visual *v);
 /* Resizes im for the model's processor. */
 int qvl__visual_from_image(qvl__visual **out, const qvl__config *c, const qvl_image *im, const qvl_options *o, qvl__pool *pool);

@@ -3,7 +3,7 @@
  * Job:        resize images and video frames for the model's processor; give every visual its identity.
  * Input:      decoded images, the processor's settings, the options min_pixels, max_pixels, video_min_pixels, video_max_pixels.
  * Output:     qvl__visual: patch grid, resized pixels (or an embedding that is already there), hash.
- * Invariants: a visual does not change once it was handed out, except that forward/ may add its embedding;
+ * Invariants: a visual does not change once it was handed out;
  *             equal hashes mean equal kind, grid and pixels, so whatever is cached under the hash is right.
  *
  * Semantics: transformers image_processing_qwen2_vl and video_processing_qwen3_vl.
@@ -14,18 +14,11 @@
 
 static int visual_new(qvl__visual **out) {
     *out = qvl__calloc(1, sizeof **out);
-    if (!*out) return QVL_ENOMEM;
-    atomic_init(&(*out)->refs, 1);
-    return 0;
-}
-
-qvl__visual *qvl__visual_ref(qvl__visual *v) {
-    atomic_fetch_add_explicit(&v->refs, 1, memory_order_relaxed);
-    return v;
+    return *out ? 0 : QVL_ENOMEM;
 }
 
 void qvl__visual_free(qvl__visual *v) {
-    if (!v || atomic_fetch_sub_explicit(&v->refs, 1, memory_order_acq_rel) != 1) return;
+    if (!v) return;
     qvl__free(v->frames);
     qvl__embedding_free(v->embedding);
     qvl__free(v);

@@ -88,7 +88,7 @@ static void add_rows(qvl_engine *e, qvl__batch *b, qvl__request *r, int n) {
         e->rows.seq[row] = seq;
         e->rows.pos[row] = pos;
         for (int axis = 0; axis < 3; axis++)
-            e->rows.pos_scratch[3 * row + axis] = in_prompt ? p->positions[(size_t)axis * p->n + (size_t)pos] : pos + p->rope_delta;
+            e->rows.positions[axis * e->max_batched + row] = in_prompt ? p->positions[(size_t)axis * p->n + (size_t)pos] : pos + p->rope_delta;
         if (!in_prompt) continue;
         e->rows.prompt_rows++;
         while (run < p->n_runs && (size_t)pos >= p->runs[run].start + (size_t)p->runs[run].tokens) run++;
@@ -130,10 +130,9 @@ void qvl__batch_build(qvl_engine *e, qvl__batch *b) {
         if (left == 0 || decodes(r) || r->encoded < r->prompt->n_visuals) continue; /* 0: it decodes in this step */
         add_rows(e, b, r, left < room ? left : room);
     }
-    for (int axis = 0; axis < 3; axis++)
-        for (int row = 0; row < b->rows; row++) e->rows.positions[axis * b->rows + row] = e->rows.pos_scratch[3 * row + axis];
     b->tokens = e->rows.tokens;
     b->positions = e->rows.positions;
+    b->stride = e->max_batched;
     b->seq = e->rows.seq;
     b->pos = e->rows.pos;
     b->table = e->rows.table;

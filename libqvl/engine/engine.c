@@ -37,7 +37,6 @@ static int new_rows(qvl_engine *e) {
     size_t rows = (size_t)e->max_batched, seqs = (size_t)e->max_requests, stride = (size_t)e->ws.table_stride;
     e->rows.tokens = qvl__array(NULL, rows, sizeof(int32_t));
     e->rows.positions = qvl__array(NULL, rows, 3 * sizeof(int32_t));
-    e->rows.pos_scratch = qvl__array(NULL, rows, 3 * sizeof(int32_t));
     e->rows.seq = qvl__array(NULL, rows, sizeof(int32_t));
     e->rows.pos = qvl__array(NULL, rows, sizeof(int32_t));
     e->rows.table = qvl__calloc(seqs * stride, sizeof(int32_t));
@@ -47,7 +46,7 @@ static int new_rows(qvl_engine *e) {
     e->rows.out_row = qvl__array(NULL, seqs, sizeof(int32_t));
     e->rows.out_request = qvl__array(NULL, seqs, sizeof(void *));
     e->running = qvl__array(NULL, seqs, sizeof(void *));
-    return e->rows.tokens && e->rows.positions && e->rows.pos_scratch && e->rows.seq && e->rows.pos && e->rows.table && e->rows.visual_row &&
+    return e->rows.tokens && e->rows.positions && e->rows.seq && e->rows.pos && e->rows.table && e->rows.visual_row &&
                    e->rows.visual_index && e->rows.visual_src && e->rows.out_row && e->rows.out_request && e->running
                ? 0
                : QVL_ENOMEM;
@@ -103,7 +102,7 @@ void qvl_engine_free(qvl_engine *e) {
     qvl__free(e->events);
     qvl__free(e->live);
     qvl__free(e->running);
-    void *const rows[] = {e->rows.tokens, e->rows.positions, e->rows.pos_scratch, e->rows.seq, e->rows.pos, e->rows.table, e->rows.visual_row,
+    void *const rows[] = {e->rows.tokens, e->rows.positions, e->rows.seq, e->rows.pos, e->rows.table, e->rows.visual_row,
                           e->rows.visual_index, e->rows.visual_src, e->rows.out_row, e->rows.out_request};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) qvl__free(rows[i]);
     qvl__text_ws_free(&e->ws, e->model);

@@ -92,8 +92,7 @@ struct qvl_engine {
         int32_t *tokens, *positions, *seq, *pos, *table, *visual_row, *visual_index, *out_row;
         const qvl_embedding **visual_src;
         qvl__request **out_request;
-        int32_t *pos_scratch; /* [rows][3] while the number of rows is not known */
-        int prompt_rows;      /* how many rows are of prompts */
+        int prompt_rows; /* how many rows are of prompts */
     } rows;
 };
 

@@ -199,8 +199,10 @@ int qvl_engine_stats(const qvl_engine *ce, char **json) {
     qvl__buf_printf(&b, "\"memory\": {\"weights\": %llu, \"kv\": %zu, \"workspace\": %zu}, ", (unsigned long long)e->model->weights.bytes,
                     e->kv.block_bytes * (size_t)e->kv.blocks, e->ws.bytes);
     qvl__buf_printf(&b, "\"max_requests\": %d, \"max_context\": %d, \"max_batched_tokens\": %d, ", e->max_requests, e->max_context, e->max_batched);
-    qvl__buf_printf(&b, "\"steps\": %llu, \"prompt_tokens\": %llu, \"prefix_tokens\": %llu, \"generated_tokens\": %llu, \"images_encoded\": %llu, \"preempted\": %llu}",
-                    (unsigned long long)s.steps, (unsigned long long)s.prompt_tokens, (unsigned long long)s.prefix_tokens, (unsigned long long)s.generated_tokens, (unsigned long long)s.images, (unsigned long long)s.preempted);
+    qvl__buf_printf(&b, "\"steps\": %llu, \"prompt_tokens\": %llu, \"prefix_tokens\": %llu, \"generated_tokens\": %llu, "
+                    "\"images_encoded\": %llu, \"preempted\": %llu}",
+                    (unsigned long long)s.steps, (unsigned long long)s.prompt_tokens, (unsigned long long)s.prefix_tokens,
+                    (unsigned long long)s.generated_tokens, (unsigned long long)s.images, (unsigned long long)s.preempted);
     if (b.failed) {
         qvl__buf_free(&b);
         return QVL_ENOMEM;

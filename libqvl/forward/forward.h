@@ -67,7 +67,8 @@ void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m);
 typedef struct {
     int rows, seqs;
     const int32_t *tokens;    /* [rows] */
-    const int32_t *positions; /* [3][rows], M-RoPE */
+    const int32_t *positions; /* [3][stride], M-RoPE; the first rows of each axis count */
+    int stride;
     const int32_t *seq, *pos; /* [rows]: sequence, and index of the token in it */
     const int32_t *table;     /* [seqs][table_stride] KV blocks */
     int visual_rows;          /* rows whose input is a row of an embedding */

@@ -97,7 +97,7 @@ void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const 
     qvl__device *d = m->device;
     size_t ints = (size_t)b->rows * sizeof(int32_t), angles = (size_t)b->rows * (size_t)c->head_dim / 2 * sizeof(float);
 
-    qvl__rope_text(m, ws->host_cos, ws->host_sin, b->positions, b->rows, b->rows);
+    qvl__rope_text(m, ws->host_cos, ws->host_sin, b->positions, b->stride, b->rows);
     d->put(d, ws->cos, ws->host_cos, angles);
     d->put(d, ws->sin, ws->host_sin, angles);
     d->put(d, ws->ids, b->tokens, ints);
