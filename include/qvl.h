@@ -230,13 +230,22 @@ QVL_API int qvl_chat(qvl_model *m, const char *messages, const qvl_media *media,
 
 /* ----------------------------------------------------------------------------------------------------------- engine */
 
-/* Continuous batching over a paged KV cache. Options: max_requests, max_context, kv_blocks, kv_dtype,
- * max_batched_tokens, prefix_cache. All memory of the engine is taken here; qvl_engine_stats reports it. */
+/* Continuous batching over a paged KV cache. Options: those of scope "engine". All memory of the engine is taken here,
+ * but for embeddings and a request's own state, which submit takes; steps take none. */
 QVL_API int qvl_engine_new(qvl_engine **out, qvl_model *m, const qvl_options *o);
 QVL_API void qvl_engine_free(qvl_engine *e);
+/* What qvl_engine_new would take with these options, without taking it: a JSON object {"weights", "kv", "workspace",
+ * "vision", "total"} in bytes and {"kv_blocks", "kv_block_tokens", "max_requests", "max_context", "max_batched_tokens",
+ * "max_image_tokens", "kv_dtype"}. *json with qvl_free. [any thread] */
+QVL_API int qvl_engine_plan(const qvl_model *m, const qvl_options *o, char **json);
+/* Changes a living engine: the options max_requests, max_batched_tokens, step_ms and embedding_cache that are set in o,
+ * from the next step on. max_requests and max_batched_tokens can go down and up again, to what the engine was made with.
+ * QVL_EINVAL names one that cannot change. [any thread] */
+QVL_API int qvl_engine_configure(qvl_engine *e, const qvl_options *o);
 /* Queues a request; *request gets its number (from 1, never reused). Options: max_tokens, temperature, ... (scope
- * "request"); unset ones come from generation_config.json. QVL_ECONTEXT when it can never fit, with the numbers. [any
- * thread] */
+ * "request"); unset ones come from generation_config.json. QVL_ECONTEXT when it can never fit, with the numbers. With
+ * option n the request has n choices, each with its own events and its own finish; choice i is what seed + i alone would
+ * give. [any thread] */
 QVL_API int qvl_engine_submit(qvl_engine *e, const qvl_prompt *p, const qvl_options *o, uint64_t *request);
 /* Ends a request at the next step, with a finished event of reason "cancelled". Unknown or ended numbers are fine:
  * returns 1 if it was alive, else 0. [any thread] */
@@ -253,23 +262,28 @@ QVL_API int qvl_engine_stats(const qvl_engine *e, char **json);
 
 enum {
     QVL_EVENT_TOKEN = 1,    /* a token was generated */
-    QVL_EVENT_FINISHED = 2, /* the last event of a request that ended well; may carry a rest of text */
-    QVL_EVENT_ERROR = 3     /* the last event of a request that failed; the engine and all others go on */
+    QVL_EVENT_FINISHED = 2, /* the last event of a choice that ended well; may carry a rest of text */
+    QVL_EVENT_ERROR = 3,    /* the last event of a choice that failed; the engine and all others go on */
+    QVL_EVENT_PROMPT = 4    /* option prompt_logprobs: one token of the prompt, in order, before the first answer token */
 };
 QVL_API int qvl_event_type(const qvl_event *v);
 QVL_API uint64_t qvl_event_request(const qvl_event *v);
+/* Which choice of the request (option n), from 0. The request is over when all of them are. */
+QVL_API int qvl_event_choice(const qvl_event *v);
 /* The token's id, -1 when the event has none. */
 QVL_API int32_t qvl_event_token(const qvl_event *v);
 /* Text that became whole with this event (may be ""): never half a character, never part of a stop string. Terminated;
  * *len (may be NULL) counts its bytes, which may include zeros. */
 QVL_API const char *qvl_event_text(const qvl_event *v, size_t *len);
-/* "stop" (end token, stop token or stop string), "length", "cancelled"; "" unless finished. */
+/* "stop" (end token, stop token or stop string), "length", "cancelled", "deadline"; "" unless finished. */
 QVL_API const char *qvl_event_finish_reason(const qvl_event *v);
 /* Code and message of an error event; 0 and "" otherwise. */
 QVL_API int qvl_event_error(const qvl_event *v, const char **message);
-/* With option logprobs >= 0 on a token event: the log-probability of the chosen token. NaN otherwise. */
+/* With option logprobs >= 0 on a token event: the log-probability of the chosen token; with prompt_logprobs >= 0 on a
+ * prompt event: that of the prompt's token (NaN for the first one, which nothing precedes). NaN otherwise. */
 QVL_API float qvl_event_logprob(const qvl_event *v);
-/* The most likely tokens (option logprobs = their number): returns n, *ids and *logprobs have n entries, best first. */
+/* The most likely tokens (option logprobs or prompt_logprobs = their number): returns n, *ids and *logprobs have n
+ * entries, best first. */
 QVL_API int qvl_event_top_logprobs(const qvl_event *v, const int32_t **ids, const float **logprobs);
 /* With option return_logits: the raw logits that chose the token, float[vocab_size]; else NULL and *n = 0. */
 QVL_API const float *qvl_event_logits(const qvl_event *v, size_t *n);
@@ -282,9 +296,14 @@ enum {
     QVL_USAGE_VISION_MS = 5,    /* vision tower */
     QVL_USAGE_TTFT_MS = 6,      /* submit to first token */
     QVL_USAGE_TOTAL_MS = 7,     /* submit to end */
-    QVL_USAGE_CACHED_TOKENS = 8 /* prompt tokens whose keys and values were in the prefix cache */
+    QVL_USAGE_CACHED_TOKENS = 8, /* prompt tokens whose keys and values were in the prefix cache */
+    QVL_USAGE_PREFILL_MS = 9,    /* first work to first token, without vision_ms */
+    QVL_USAGE_DECODE_MS = 10,    /* first token to end */
+    QVL_USAGE_SPECULATED_TOKENS = 11, /* answer tokens that were guessed right (option speculate) */
+    QVL_USAGE_IMAGES = 12,            /* images and videos of the prompt */
+    QVL_USAGE_IMAGES_CACHED = 13      /* those whose embedding or keys were there already */
 };
-/* One figure of a finished request; NaN when v is not a finished event or what is unknown. */
+/* One figure of a finished choice; NaN when v is not a finished event or what is unknown. */
 QVL_API double qvl_event_usage(const qvl_event *v, int what);
 
 #ifdef __cplusplus

@@ -12,8 +12,9 @@
 
 #include "../base/base.h"
 
-typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2 } qvl__type;
-static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : 2; }
+/* I8 is a type of cached keys and values only: 8-bit integers with one float scale per token and KV head. */
+typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2, QVL__I8 = 3 } qvl__type;
+static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : t == QVL__I8 ? 1 : 2; }
 
 /* Tokens in a KV block. Attention walks blocks in order and this is its fixed width (docs/invariance.md). */
 #define QVL__KV_BLOCK 32
@@ -40,7 +41,7 @@ typedef enum {
 
 /* The paged cache of one engine: blocks x layers x (K, V). */
 typedef struct {
-    qvl__type type; /* F32 or BF16 */
+    qvl__type type;
     int layers, kv_heads, head_dim, blocks;
     size_t block_bytes; /* one block, all layers, K and V */
     void *data;
@@ -79,6 +80,8 @@ struct qvl__device {
 
     int (*kv_new)(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks);
     void (*kv_free)(qvl__device *d, qvl__kv *kv);
+    /* Block `to` gets the contents of block `from`, all layers (copy-on-write of a block that two sequences share). */
+    void (*kv_copy)(qvl__device *d, qvl__kv *kv, int from, int to);
 
     /* y[r] = feature row ids[r] of the matrix (an embedding table [vocab][dim]). */
     void (*embed)(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows);

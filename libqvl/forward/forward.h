@@ -40,7 +40,28 @@ void qvl__pos_embed(int32_t *index, float *weight, int h, int w, int side);
 
 /* ---- vision.c ---- */
 
-/* Encodes one visual. Threads may call it at the same time; they take turns on the device. */
+/* The vision tower with a workspace of its own. It encodes a batch of visuals in slices of bounded work, so that
+ * decode steps can run in between; how the work is sliced or batched changes no bit (law 6). One thread at a time. */
+typedef struct qvl__tower qvl__tower;
+/* Room for batches of up to max_rows patches and max_visuals visuals. All memory is taken here. */
+int qvl__tower_new(qvl__tower **out, qvl_model *m, int max_rows, int max_visuals);
+void qvl__tower_free(qvl__tower *t);
+/* Bytes that a tower of these sizes takes; out of tower_new's own layout. */
+size_t qvl__tower_bytes(const qvl_model *m, int max_rows, int max_visuals);
+/* Patches of a visual: rows of the tower. */
+static inline int qvl__visual_rows(const qvl__visual *v) { return v->t * v->h * v->w; }
+/* An embedding of v's sizes and identity whose data is not there yet. */
+int qvl__embedding_for(qvl_embedding **out, const qvl_model *m, const qvl__visual *v);
+/* Starts a batch; out[i] (of qvl__embedding_for) gets visual[i]'s result. Both stay the caller's and must live until the
+ * batch is done or given up. The tower must be idle and the batch fit. */
+void qvl__tower_start(qvl__tower *t, const qvl__visual *const *visual, qvl_embedding *const *out, int n);
+/* Does slices of the started batch until it is done or qvl__now_ms() >= until_ms, at least one slice; true when done
+ * (the tower is idle again). Never fails, never allocates. */
+bool qvl__tower_work(qvl__tower *t, double until_ms);
+/* Gives a started batch up. */
+void qvl__tower_stop(qvl__tower *t);
+
+/* Encodes one visual with a tower of its own. Threads may call it at the same time; they take turns on the device. */
 int qvl__vision_forward(qvl_model *m, const qvl__visual *v, qvl_embedding **out);
 
 /* ---- text.c ---- */
