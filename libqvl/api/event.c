@@ -11,11 +11,12 @@
 
 int qvl_event_type(const qvl_event *v) { return v ? v->type : 0; }
 uint64_t qvl_event_request(const qvl_event *v) { return v ? v->request : 0; }
+int qvl_event_choice(const qvl_event *v) { return v ? v->choice : 0; }
 int32_t qvl_event_token(const qvl_event *v) { return v ? v->token : -1; }
 
 const char *qvl_event_text(const qvl_event *v, size_t *len) {
-    if (len) *len = v ? v->text.len : 0;
-    return v && v->text.data ? v->text.data : "";
+    if (len) *len = v && v->text ? v->text->len : 0;
+    return v && v->text ? v->text->data : "";
 }
 
 const char *qvl_event_finish_reason(const qvl_event *v) { return v ? v->finish_reason : ""; }
@@ -25,13 +26,13 @@ int qvl_event_error(const qvl_event *v, const char **message) {
     return v ? v->error : 0;
 }
 
-float qvl_event_logprob(const qvl_event *v) { return v && v->has_logprobs ? v->choice.logprob : NAN; }
+float qvl_event_logprob(const qvl_event *v) { return v && v->has_logprobs ? v->sampled.logprob : NAN; }
 
 int qvl_event_top_logprobs(const qvl_event *v, const int32_t **ids, const float **logprobs) {
     if (!v || !v->has_logprobs) return 0;
-    if (ids) *ids = v->choice.top_id;
-    if (logprobs) *logprobs = v->choice.top_logprob;
-    return v->choice.n_top;
+    if (ids) *ids = v->sampled.top_id;
+    if (logprobs) *logprobs = v->sampled.top_logprob;
+    return v->sampled.n_top;
 }
 
 const float *qvl_event_logits(const qvl_event *v, size_t *n) {

@@ -77,13 +77,12 @@ int qvl_model_info(const qvl_model *m, char **json) {
     const qvl__text_config *t = &m->config.text;
     const qvl__vision_config *v = &m->config.vision;
     const qvl__generation_config *g = &m->config.generation;
-    static const char *const types[] = {"f32", "bf16", "f16"};
     qvl__buf b = {0};
     qvl__buf_puts(&b, "{\"family\": ");
     qvl__json_quote(&b, m->config.family, strlen(m->config.family));
-    const char *stored = types[m->weights.type], *dtype = m->kv_type == QVL__F32 ? "f32" : stored;
+    const char *stored = qvl__type_name(m->weights.type), *dtype = m->kv_type == QVL__F32 ? "f32" : stored;
     qvl__buf_printf(&b, ", \"template\": \"%s\", \"dtype\": \"%s\", \"weight_dtype\": \"%s\", \"kv_dtype\": \"%s\", \"device\": \"%s\", \"isa\": \"%s\", \"threads\": %d, ",
-                    qvl__template_name(m->template_), dtype, stored, types[m->kv_type], m->device->name, m->device->isa, qvl__pool_threads(m->pool));
+                    qvl__template_name(m->template_), dtype, stored, qvl__type_name(m->kv_type), m->device->name, m->device->isa, qvl__pool_threads(m->pool));
     qvl__buf_printf(&b, "\"bf16_math\": %s, \"weight_bytes\": %" PRIu64 ", \"parameters\": %" PRIu64 ", \"vocab_size\": %d, \"max_context\": %d, ",
                     m->device->bf16_math ? "true" : "false", m->weights.bytes, m->weights.parameters, t->vocab, t->max_positions);
     qvl__buf_printf(&b, "\"text\": {\"hidden\": %d, \"layers\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"intermediate\": %d, \"rope_theta\": %.17g, "

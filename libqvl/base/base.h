@@ -56,6 +56,7 @@ typedef struct {
     bool failed;
 } qvl__buf;
 void qvl__buf_add(qvl__buf *b, const void *data, size_t n);
+bool qvl__buf_reserve(qvl__buf *b, size_t n); /* room for n more bytes, so that adding them takes no memory */
 void qvl__buf_puts(qvl__buf *b, const char *s);
 void qvl__buf_printf(qvl__buf *b, const char *fmt, ...) QVL__PRINTF(2, 3);
 void qvl__buf_free(qvl__buf *b);

@@ -118,6 +118,8 @@ static bool grow(qvl__buf *b, size_t n) {
     return true;
 }
 
+bool qvl__buf_reserve(qvl__buf *b, size_t n) { return grow(b, n); }
+
 void qvl__buf_add(qvl__buf *b, const void *data, size_t n) {
     if (!grow(b, n)) return;
     if (n) memcpy(b->data + b->len, data, n);

@@ -16,6 +16,10 @@
 typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2, QVL__I8 = 3 } qvl__type;
 static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : t == QVL__I8 ? 1 : 2; }
 
+/* Name of a type in options and JSON; and back, false for none of them. */
+const char *qvl__type_name(qvl__type t);
+bool qvl__kv_type_of(const char *name, qvl__type *out);
+
 /* Tokens in a KV block. Attention walks blocks in order and this is its fixed width (docs/invariance.md). */
 #define QVL__KV_BLOCK 32
 
@@ -78,6 +82,8 @@ struct qvl__device {
     void (*matrix_put)(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
     void (*matrix_free)(qvl__device *d, qvl__matrix *m);
 
+    /* Bytes of one block, all layers, K and V; QVL_EUNSUPPORTED for what kv_new would refuse. */
+    int (*kv_block_bytes)(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes);
     int (*kv_new)(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks);
     void (*kv_free)(qvl__device *d, qvl__kv *kv);
     /* Block `to` gets the contents of block `from`, all layers (copy-on-write of a block that two sequences share). */
@@ -115,9 +121,13 @@ struct qvl__device {
     /* Vision: qkv is [rows][3 * heads * head_dim]. rotate_half RoPE on q and k by cos, sin [span][head_dim / 2], where
      * rows repeat every span (one temporal patch = one span). */
     void (*rope_vision)(qvl__device *d, float *qkv, int rows, int heads, int head_dim, const float *cos, const float *sin, int span);
-    /* out[rows][heads * head_dim]: full attention inside each span of rows. scratch of attention_full_scratch bytes. */
-    void (*attention_full)(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim, void *scratch);
-    size_t (*attention_full_scratch)(qvl__device *d, int span, int head_dim);
+    /* Full attention inside a span of rows of qkv, in two calls so that a large span can be done in pieces: pack brings
+     * keys and values of heads [head, head + n) into scratch; attention_full replaces the queries of these heads in rows
+     * [row, row + rows) by their outputs. */
+    void (*attention_pack)(qvl__device *d, void *scratch, const float *qkv, int span, int heads, int head_dim, int head, int n);
+    void (*attention_full)(qvl__device *d, float *qkv, int span, int heads, int head_dim, int head, int n, int row, int rows, const void *scratch);
+    /* Bytes of scratch for n heads of a span. */
+    size_t (*attention_full_scratch)(qvl__device *d, int span, int head_dim, int n);
 };
 
 /* Opens the CPU. bf16_math asks for bf16 products, granted where the CPU has them (see d->bf16_math after). The level

@@ -32,18 +32,20 @@ struct qvl_model {
 int qvl__rope_init(qvl_model *m);
 /* cos, sin [rows][head_dim / 2] for positions [3][stride]. */
 void qvl__rope_text(const qvl_model *m, float *cos_out, float *sin_out, const int32_t *positions, int stride, int rows);
-/* cos, sin [h * w][head_dim / 2] of a patch grid in 2x2 block order (transformers Qwen3VLVisionRotaryEmbedding). */
-void qvl__rope_vision(float *cos_out, float *sin_out, int h, int w, int head_dim);
-/* Position embedding of the grid: 4 table rows and weights for each patch, align_corners bilinear over a side x side
+/* cos, sin [n][head_dim / 2] of patches [first, first + n) of a grid w patches wide, in 2x2 block order (transformers
+ * Qwen3VLVisionRotaryEmbedding). */
+void qvl__rope_vision(float *cos_out, float *sin_out, int first, int n, int w, int head_dim);
+/* Position embedding of these patches: 4 table rows and weights for each, align_corners bilinear over a side x side
  * table (transformers fast_pos_embed_interpolate). */
-void qvl__pos_embed(int32_t *index, float *weight, int h, int w, int side);
+void qvl__pos_embed(int32_t *index, float *weight, int first, int n, int h, int w, int side);
 
 /* ---- vision.c ---- */
 
 /* The vision tower with a workspace of its own. It encodes a batch of visuals in slices of bounded work, so that
  * decode steps can run in between; how the work is sliced or batched changes no bit (law 6). One thread at a time. */
 typedef struct qvl__tower qvl__tower;
-/* Room for batches of up to max_rows patches and max_visuals visuals. All memory is taken here. */
+/* Room for batches of up to max_rows patches and max_visuals visuals. All memory is taken here, and the pages of a large
+ * workspace are not touched before a batch needs them. */
 int qvl__tower_new(qvl__tower **out, qvl_model *m, int max_rows, int max_visuals);
 void qvl__tower_free(qvl__tower *t);
 /* Bytes that a tower of these sizes takes; out of tower_new's own layout. */
@@ -81,6 +83,8 @@ typedef struct {
     int32_t *host_route, *host_index; /* [max_rows * top_k], [max_rows] */
     float *host_weight, *host_scale;
 } qvl__text_ws;
+/* Bytes that qvl__text_ws_new takes from the device. */
+size_t qvl__text_ws_bytes(const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride);
 int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride);
 void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m);
 

@@ -44,16 +44,16 @@ static void place(int n, int w, int *row, int *col) {
     *col = block % per_row * 2 + in % 2;
 }
 
-void qvl__rope_vision(float *cos_out, float *sin_out, int h, int w, int head_dim) {
+void qvl__rope_vision(float *cos_out, float *sin_out, int first, int n, int w, int head_dim) {
     int half = head_dim / 2, quarter = head_dim / 4;
-    for (int n = 0; n < h * w; n++) {
-        int at[2];
-        place(n, w, &at[0], &at[1]);
-        for (int i = 0; i < half; i++) {
-            float inv = 1.0f / powf(10000.0f, (float)(2 * (i % quarter)) / (float)half);
+    for (int i = 0; i < half; i++) {
+        float inv = 1.0f / powf(10000.0f, (float)(2 * (i % quarter)) / (float)half);
+        for (int k = 0; k < n; k++) {
+            int at[2];
+            place(first + k, w, &at[0], &at[1]);
             float angle = (float)at[i / quarter] * inv;
-            cos_out[n * half + i] = (float)cos((double)angle);
-            sin_out[n * half + i] = (float)sin((double)angle);
+            cos_out[k * half + i] = (float)cos((double)angle);
+            sin_out[k * half + i] = (float)sin((double)angle);
         }
     }
 }
@@ -66,16 +66,16 @@ static float neighbours(int i, int n, int side, int *low, int *high) {
     return f - (float)*low;
 }
 
-void qvl__pos_embed(int32_t *index, float *weight, int h, int w, int side) {
-    for (int n = 0; n < h * w; n++) {
+void qvl__pos_embed(int32_t *index, float *weight, int first, int n, int h, int w, int side) {
+    for (int k = 0; k < n; k++) {
         int row, col, y0, y1, x0, x1;
-        place(n, w, &row, &col);
+        place(first + k, w, &row, &col);
         float dy = neighbours(row, h, side, &y0, &y1), dx = neighbours(col, w, side, &x0, &x1);
-        int32_t *i = index + 4 * n;
-        float *k = weight + 4 * n;
-        i[0] = y0 * side + x0, k[0] = (1 - dy) * (1 - dx);
-        i[1] = y0 * side + x1, k[1] = (1 - dy) * dx;
-        i[2] = y1 * side + x0, k[2] = dy * (1 - dx);
-        i[3] = y1 * side + x1, k[3] = dy * dx;
+        int32_t *i = index + 4 * k;
+        float *c = weight + 4 * k;
+        i[0] = y0 * side + x0, c[0] = (1 - dy) * (1 - dx);
+        i[1] = y0 * side + x1, c[1] = (1 - dy) * dx;
+        i[2] = y1 * side + x0, c[2] = dy * (1 - dx);
+        i[3] = y1 * side + x1, c[3] = dy * dx;
     }
 }

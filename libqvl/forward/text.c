@@ -43,6 +43,11 @@ static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
     return at;
 }
 
+size_t qvl__text_ws_bytes(const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride) {
+    qvl__text_ws ws = {.max_rows = max_rows, .max_out = max_out, .max_seqs = max_seqs, .table_stride = table_stride};
+    return layout(&ws, m);
+}
+
 int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride) {
     *ws = (qvl__text_ws){.max_rows = max_rows, .max_out = max_out, .max_seqs = max_seqs, .table_stride = table_stride};
     ws->bytes = layout(ws, m);

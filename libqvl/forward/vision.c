@@ -1,162 +1,303 @@
-/* vision.c - the vision tower (transformers Qwen3VLVisionModel).
+/* vision.c - the vision tower (transformers Qwen3VLVisionModel), slice by slice.
  *
- * Job:        resized frames to the merged embedding and the deepstack features.
- * Input:      a qvl__visual: t temporal pairs of h x w patches.
- * Output:     a qvl_embedding of [1 + deepstack][t * h * w / 4][hidden].
- * Invariants: rows are patches in 2x2 block order, so 4 rows in sequence are one merged token without moving data;
- *             row-wise work runs in slices of SLICE rows: memory is hidden states and qkv, not the widest activation;
- *             attention stays inside one temporal pair.
+ * Job:        resized frames to merged embeddings and deepstack features.
+ * Input:      a batch of qvl__visual: each t temporal pairs of h x w patches.
+ * Output:     their qvl_embedding, [1 + deepstack][t * h * w / 4][hidden].
+ * Invariants: rows are patches in 2x2 block order, all pairs of all visuals behind one another, so 4 rows in sequence are
+ *             one merged token without moving data; attention stays inside one pair;
+ *             a slice is a piece of one phase of one layer, at most about SLICE_FLOPS of work, so that a step of the
+ *             engine can stop anywhere; how rows are cut changes no bit, because every op works row by row;
+ *             memory for each patch: hidden state, q, k, v and angles; everything wider is there for one slice only.
  */
 #include <string.h>
 
 #include "forward.h"
 
-#define SLICE 1024 /* rows of one pass of the row-wise ops; a multiple of 4 */
+#define SLICE_FLOPS 5e9 /* 30 ms on two AVX2 cores */
+#define SLICE_ROWS 1024 /* most rows of a slice; a multiple of 4 */
+#define LEAST_ROWS 96   /* fewer would not fill the matrix kernels */
+#define PACK_ROWS 32768 /* rows of keys, over all heads, that are packed at once: 1 head where a span is longer */
 
-typedef struct {
+typedef enum { EMBED, QKV, ATTENTION, MLP, DEEPSTACK, MERGER, DONE } phase;
+
+struct qvl__tower {
     qvl_model *m;
     qvl__device *d;
     const qvl__vision_config *c;
-    int rows, span, slice;
+    int max_rows, max_visuals;
     size_t bytes;
-    char *base;
-    float *x, *qkv, *norm, *wide, *cos, *sin, *weight;
+    char *base; /* one device region that the pointers below divide */
+    float *x, *qkv, *cos, *sin; /* for all rows */
+    float *norm, *wide, *weight; /* for a slice */
     int32_t *index;
-    void *scratch;
-} tower;
+    void *pack;
+    float *host; /* a slice's patches or tables on the way to the device */
+
+    /* the batch */
+    const qvl__visual **visual; /* [n] */
+    qvl_embedding **out;
+    int *first_row;
+    int n, rows;
+    /* where it stands */
+    phase phase;
+    int layer, deep;       /* deep: how many deepstack features are done */
+    int at, pair;          /* visual, and temporal pair of it */
+    int head, heads, row;  /* heads: how many are packed from head on; row: of the pair, the visual or the batch, by phase */
+};
+
+/* ---- memory ---- */
+
+static size_t widest(const qvl__vision_config *c) {
+    size_t w = (size_t)c->inter > (size_t)c->hidden ? (size_t)c->inter : (size_t)c->hidden;
+    return w > 1536 ? w : 1536;
+}
 
 /* Divides one region; with base NULL it only counts. */
-static size_t layout(tower *t) {
+static size_t layout(qvl__tower *t) {
     const qvl__vision_config *c = t->c;
-    size_t at = 0, rows = (size_t)t->rows, span = (size_t)t->span, slice = (size_t)t->slice, h = (size_t)c->hidden;
-    size_t half = h / (size_t)c->heads / 2;
-    size_t widest = (size_t)c->inter > h ? (size_t)c->inter : h;
-    if (widest < 3 * 2 * 16 * 16) widest = 3 * 2 * 16 * 16;
+    size_t at = 0, rows = (size_t)t->max_rows, h = (size_t)c->hidden, half = h / (size_t)c->heads / 2;
+    int packed = t->max_rows > PACK_ROWS ? t->max_rows : PACK_ROWS;
 #define PART(field, count) \
     t->field = t->base ? (void *)(t->base + at) : NULL; \
     at = (at + (count) * 4 + 63) / 64 * 64
     PART(x, rows * h);
     PART(qkv, rows * 3 * h);
-    PART(norm, rows * h); /* slices of normed rows, and the attention's output */
-    PART(wide, slice * widest);
-    PART(cos, span * half);
-    PART(sin, span * half);
-    PART(weight, span * 4);
-    PART(index, span * 4);
-    PART(scratch, t->d->attention_full_scratch(t->d, t->span, c->hidden / c->heads) / 4 + 1);
+    PART(cos, rows * half);
+    PART(sin, rows * half);
+    PART(norm, SLICE_ROWS * h);
+    PART(wide, SLICE_ROWS * widest(c));
+    PART(weight, SLICE_ROWS * 4);
+    PART(index, SLICE_ROWS * 4);
+    PART(pack, t->d->attention_full_scratch(t->d, packed, c->hidden / c->heads, 1) / 4);
 #undef PART
     return at;
 }
 
-/* Patches, their embedding, position embedding: x. */
-static void embed(tower *t, const qvl__visual *v, float *host) {
-    const qvl__processor *p = &t->m->config.processor;
-    size_t frame = (size_t)v->h * 16 * (size_t)v->w * 16 * 3;
-    for (int pair = 0; pair < v->t; pair++) {
-        const uint8_t *a = v->frames + (v->video ? 2 * (size_t)pair * frame : 0), *b = v->video ? a + frame : a;
-        for (int first = 0; first < t->span; first += t->slice) {
-            int n = t->span - first < t->slice ? t->span - first : t->slice;
-            float *x = t->x + ((size_t)pair * (size_t)t->span + (size_t)first) * (size_t)t->c->hidden;
-            qvl__patches_cut(host, a, b, v->h * 16, v->w * 16, first, n, p);
-            t->d->put(t->d, t->wide, host, (size_t)n * 1536 * sizeof(float));
-            t->d->matmul(t->d, x, t->wide, n, &t->m->weights.patch, t->m->weights.patch_b, QVL__EPI_NONE);
-        }
-        t->d->add_interpolated(t->d, t->x + (size_t)pair * (size_t)t->span * (size_t)t->c->hidden, t->m->weights.pos_embed, t->index,
-                               t->weight, t->span, t->c->hidden);
-    }
+size_t qvl__tower_bytes(const qvl_model *m, int max_rows, int max_visuals) {
+    qvl__tower t = {.d = m->device, .c = &m->config.vision, .max_rows = max_rows, .max_visuals = max_visuals};
+    return layout(&t);
 }
 
-static void block(tower *t, const qvl__vision_layer *l) {
-    qvl__device *d = t->d;
-    int h = t->c->hidden, heads = t->c->heads;
-    d->layer_norm(d, t->norm, t->x, l->norm1_w, l->norm1_b, t->rows, h, 1e-6f);
-    d->matmul(d, t->qkv, t->norm, t->rows, &l->qkv, l->qkv_b, QVL__EPI_NONE);
-    d->rope_vision(d, t->qkv, t->rows, heads, h / heads, t->cos, t->sin, t->span);
-    d->attention_full(d, t->norm, t->qkv, t->rows, t->span, heads, h / heads, t->scratch);
-    d->matmul(d, t->x, t->norm, t->rows, &l->proj, l->proj_b, QVL__EPI_ADD);
-    for (int r = 0; r < t->rows; r += t->slice) {
-        int n = t->rows - r < t->slice ? t->rows - r : t->slice;
-        float *x = t->x + (size_t)r * (size_t)h;
-        d->layer_norm(d, t->norm, x, l->norm2_w, l->norm2_b, n, h, 1e-6f);
-        d->matmul(d, t->wide, t->norm, n, &l->fc1, l->fc1_b, QVL__EPI_GELU_TANH);
-        d->matmul(d, x, t->wide, n, &l->fc2, l->fc2_b, QVL__EPI_ADD);
+int qvl__tower_new(qvl__tower **out, qvl_model *m, int max_rows, int max_visuals) {
+    qvl__tower *t = *out = qvl__calloc(1, sizeof *t);
+    if (!t) return QVL_ENOMEM;
+    *t = (qvl__tower){.m = m, .d = m->device, .c = &m->config.vision, .max_rows = max_rows, .max_visuals = max_visuals, .phase = DONE};
+    t->bytes = layout(t);
+    t->base = t->d->alloc(t->d, t->bytes);
+    t->host = qvl__array(NULL, SLICE_ROWS * (widest(t->c) + 2), sizeof(float));
+    t->visual = qvl__array(NULL, (size_t)max_visuals, sizeof *t->visual);
+    t->out = qvl__array(NULL, (size_t)max_visuals, sizeof *t->out);
+    t->first_row = qvl__array(NULL, (size_t)max_visuals, sizeof *t->first_row);
+    if (!t->base || !t->host || !t->visual || !t->out || !t->first_row) {
+        qvl__tower_free(t);
+        *out = NULL;
+        return QVL_ENOMEM;
     }
-}
-
-/* The main merger norms each patch, the deepstack ones the four patches joined. */
-static void merge(tower *t, const qvl__merger *m, bool joined, float *out) {
-    qvl__device *d = t->d;
-    int h = t->c->hidden, tokens = t->rows / 4, step = t->slice / 4;
-    for (int k = 0; k < tokens; k += step) {
-        int n = tokens - k < step ? tokens - k : step;
-        const float *x = t->x + 4 * (size_t)k * (size_t)h;
-        d->layer_norm(d, t->norm, x, m->norm_w, m->norm_b, joined ? n : 4 * n, joined ? 4 * h : h, 1e-6f);
-        d->matmul(d, t->qkv, t->norm, n, &m->fc1, m->fc1_b, QVL__EPI_GELU_ERF); /* qkv is free here */
-        d->matmul(d, out + (size_t)k * (size_t)t->c->out_hidden, t->qkv, n, &m->fc2, m->fc2_b, QVL__EPI_NONE);
-    }
-}
-
-static int grid_tables(tower *t, const qvl__visual *v) {
-    int half = t->c->hidden / t->c->heads / 2, side = 1;
-    while (side * side < t->c->positions) side++;
-    size_t n = (size_t)t->span * (size_t)(2 * half + 8);
-    float *host = qvl__array(NULL, n, sizeof(float));
-    if (!host) return QVL_ENOMEM;
-    size_t angles = (size_t)t->span * (size_t)half, corners = (size_t)t->span * 4;
-    float *cosv = host, *sinv = cosv + angles, *weight = sinv + angles;
-    int32_t *index = (int32_t *)(void *)(weight + corners);
-    qvl__rope_vision(cosv, sinv, v->h, v->w, 2 * half);
-    qvl__pos_embed(index, weight, v->h, v->w, side);
-    t->d->put(t->d, t->cos, cosv, angles * sizeof(float));
-    t->d->put(t->d, t->sin, sinv, angles * sizeof(float));
-    t->d->put(t->d, t->weight, weight, corners * sizeof(float));
-    t->d->put(t->d, t->index, index, corners * sizeof(int32_t));
-    qvl__free(host);
+    layout(t);
     return 0;
 }
 
-static int run(tower *t, const qvl__visual *v, qvl_embedding *e) {
-    size_t layer = (size_t)e->tokens * (size_t)e->hidden;
-    float *host = qvl__array(NULL, (size_t)t->slice * 1536, sizeof(float));
-    float *out = t->d->alloc(t->d, layer * sizeof(float));
-    int rc = host && out ? grid_tables(t, v) : QVL_ENOMEM;
-    if (rc == 0) {
-        embed(t, v, host);
-        for (int i = 0, k = 0; i < t->c->depth; i++) {
-            block(t, &t->m->weights.vision[i]);
-            if (k == t->c->n_deepstack || t->c->deepstack[k] != i) continue;
-            merge(t, &t->m->weights.deepstack[k], true, out);
-            t->d->get(t->d, e->data + (size_t)++k * layer, out, layer * sizeof(float));
-        }
-        merge(t, &t->m->weights.merger, false, out);
-        t->d->get(t->d, e->data, out, layer * sizeof(float));
-    }
-    if (out) t->d->free(t->d, out, layer * sizeof(float));
-    qvl__free(host);
-    return rc;
+void qvl__tower_free(qvl__tower *t) {
+    if (!t) return;
+    if (t->base) t->d->free(t->d, t->base, t->bytes);
+    qvl__free(t->host);
+    qvl__free(t->visual);
+    qvl__free(t->out);
+    qvl__free(t->first_row);
+    qvl__free(t);
 }
 
-int qvl__vision_forward(qvl_model *m, const qvl__visual *v, qvl_embedding **out) {
-    *out = NULL;
-    tower t = {.m = m, .d = m->device, .c = &m->config.vision, .rows = v->t * v->h * v->w, .span = v->h * v->w};
-    t.slice = t.rows < SLICE ? t.rows : SLICE;
-    t.bytes = layout(&t);
-    qvl_embedding *e;
-    int rc = qvl__embedding_alloc(&e, 1 + t.c->n_deepstack, v->tokens, t.c->out_hidden);
+/* ---- slices ---- */
+
+/* Rows that cost about SLICE_FLOPS, of `left`. */
+static int slice_rows(double flops_per_row, int left) {
+    double most = SLICE_FLOPS / flops_per_row;
+    int n = most > SLICE_ROWS ? SLICE_ROWS : most < LEAST_ROWS ? LEAST_ROWS : (int)most / LEAST_ROWS * LEAST_ROWS;
+    return n < left ? n : left;
+}
+
+static int span_of(const qvl__tower *t) { return t->visual[t->at]->h * t->visual[t->at]->w; }
+static size_t pair_row(const qvl__tower *t) { return (size_t)t->first_row[t->at] + (size_t)t->pair * (size_t)span_of(t); }
+
+static void enter(qvl__tower *t, phase p) {
+    t->phase = p;
+    t->at = t->pair = t->head = t->row = 0;
+}
+
+/* The next pair, of this visual or the next; false behind the last one. */
+static bool next_pair(qvl__tower *t) {
+    t->row = t->head = 0;
+    if (++t->pair < t->visual[t->at]->t) return true;
+    t->pair = 0;
+    return ++t->at < t->n;
+}
+
+/* Patches, their embedding, position embedding: x. Angles: cos, sin. */
+static void embed(qvl__tower *t) {
+    const qvl__visual *v = t->visual[t->at];
+    const qvl__vision_config *c = t->c;
+    qvl__device *d = t->d;
+    int hidden = c->hidden, head_dim = hidden / c->heads, half = head_dim / 2, side = 1;
+    while (side * side < c->positions) side++;
+    int n = slice_rows(2.0 * 1536 * hidden, span_of(t) - t->row);
+    size_t row = pair_row(t) + (size_t)t->row, frame = (size_t)v->h * 16 * (size_t)v->w * 16 * 3, angles = (size_t)n * (size_t)half;
+    const uint8_t *a = v->frames + (v->video ? 2 * (size_t)t->pair * frame : 0), *b = v->video ? a + frame : a;
+    float *x = t->x + row * (size_t)hidden;
+
+    qvl__patches_cut(t->host, a, b, v->h * 16, v->w * 16, t->row, n, &t->m->config.processor);
+    d->put(d, t->wide, t->host, (size_t)n * 1536 * sizeof(float));
+    d->matmul(d, x, t->wide, n, &t->m->weights.patch, t->m->weights.patch_b, QVL__EPI_NONE);
+
+    int32_t *index = (int32_t *)(void *)(t->host + 4 * n);
+    qvl__pos_embed(index, t->host, t->row, n, v->h, v->w, side);
+    d->put(d, t->weight, t->host, 4 * (size_t)n * sizeof(float));
+    d->put(d, t->index, index, 4 * (size_t)n * sizeof(int32_t));
+    d->add_interpolated(d, x, t->m->weights.pos_embed, t->index, t->weight, n, hidden);
+
+    qvl__rope_vision(t->host, t->host + angles, t->row, n, v->w, head_dim);
+    d->put(d, t->cos + row * (size_t)half, t->host, angles * sizeof(float));
+    d->put(d, t->sin + row * (size_t)half, t->host + angles, angles * sizeof(float));
+
+    t->row += n;
+    if (t->row == span_of(t) && !next_pair(t)) enter(t, QKV);
+}
+
+static void qkv(qvl__tower *t) {
+    const qvl__vision_layer *l = &t->m->weights.vision[t->layer];
+    qvl__device *d = t->d;
+    int h = t->c->hidden, heads = t->c->heads, half = h / heads / 2, n = slice_rows(6.0 * h * h, t->rows - t->row);
+    size_t row = (size_t)t->row;
+    float *to = t->qkv + row * 3 * (size_t)h;
+    d->layer_norm(d, t->norm, t->x + row * (size_t)h, l->norm1_w, l->norm1_b, n, h, 1e-6f);
+    d->matmul(d, to, t->norm, n, &l->qkv, l->qkv_b, QVL__EPI_NONE);
+    d->rope_vision(d, to, n, heads, h / heads, t->cos + row * (size_t)half, t->sin + row * (size_t)half, n);
+    t->row += n;
+    if (t->row == t->rows) enter(t, ATTENTION);
+}
+
+/* Some query rows of some heads of one pair, against all its keys; the outputs take the queries' places. */
+static void attention(qvl__tower *t) {
+    qvl__device *d = t->d;
+    int heads = t->c->heads, head_dim = t->c->hidden / heads, span = span_of(t);
+    double flops = 4.0 * span * head_dim; /* of one row and head */
+    float *at = t->qkv + pair_row(t) * 3 * (size_t)t->c->hidden;
+    if (t->row == 0) {
+        double fit = SLICE_FLOPS / flops / span;
+        int blocks = (span + QVL__KV_BLOCK - 1) / QVL__KV_BLOCK, room = PACK_ROWS / QVL__KV_BLOCK / blocks;
+        t->heads = fit < 1 ? 1 : fit < heads - t->head ? (int)fit : heads - t->head;
+        if (t->heads > room) t->heads = room > 1 ? room : 1;
+        d->attention_pack(d, t->pack, at, span, heads, head_dim, t->head, t->heads);
+    }
+    double most = SLICE_FLOPS / flops / t->heads;
+    int n = span - t->row < most ? span - t->row : most < LEAST_ROWS ? LEAST_ROWS : (int)most / LEAST_ROWS * LEAST_ROWS;
+    if (n > span - t->row) n = span - t->row;
+    d->attention_full(d, at, span, heads, head_dim, t->head, t->heads, t->row, n, t->pack);
+    t->row += n;
+    if (t->row < span) return;
+    t->row = 0;
+    t->head += t->heads;
+    if (t->head == heads && !next_pair(t)) enter(t, MLP);
+}
+
+/* The phase behind a layer: its deepstack feature, the next layer, or the merger. */
+static void next_layer(qvl__tower *t) { enter(t, ++t->layer < t->c->depth ? QKV : MERGER); }
+
+static void mlp(qvl__tower *t) {
+    const qvl__vision_layer *l = &t->m->weights.vision[t->layer];
+    qvl__device *d = t->d;
+    int h = t->c->hidden, n = slice_rows(2.0 * h * h + 4.0 * h * t->c->inter, t->rows - t->row);
+    int32_t *index = (int32_t *)(void *)t->host;
+    float *x = t->x + (size_t)t->row * (size_t)h;
+    for (int i = 0; i < n; i++) index[i] = 3 * (t->row + i); /* the outputs of attention lie where q was */
+    d->put(d, t->index, index, (size_t)n * sizeof(int32_t));
+    d->gather_rows(d, t->norm, t->qkv, t->index, n, h);
+    d->matmul(d, x, t->norm, n, &l->proj, l->proj_b, QVL__EPI_ADD);
+    d->layer_norm(d, t->norm, x, l->norm2_w, l->norm2_b, n, h, 1e-6f);
+    d->matmul(d, t->wide, t->norm, n, &l->fc1, l->fc1_b, QVL__EPI_GELU_TANH);
+    d->matmul(d, x, t->wide, n, &l->fc2, l->fc2_b, QVL__EPI_ADD);
+    t->row += n;
+    if (t->row < t->rows) return;
+    if (t->deep < t->c->n_deepstack && t->c->deepstack[t->deep] == t->layer) enter(t, DEEPSTACK);
+    else next_layer(t);
+}
+
+/* Tokens of one visual through a merger; the main one norms each patch, the deepstack ones the four patches joined. */
+static void merge(qvl__tower *t) {
+    bool joined = t->phase == DEEPSTACK;
+    const qvl__merger *m = joined ? &t->m->weights.deepstack[t->deep] : &t->m->weights.merger;
+    qvl__device *d = t->d;
+    qvl_embedding *e = t->out[t->at];
+    int h = t->c->hidden, out = t->c->out_hidden, layer = joined ? 1 + t->deep : 0;
+    int n = slice_rows(2.0 * h * (4.0 * h + out), 4 * (e->tokens - t->row)) / 4;
+    const float *x = t->x + ((size_t)t->first_row[t->at] + 4 * (size_t)t->row) * (size_t)h;
+    d->layer_norm(d, t->norm, x, m->norm_w, m->norm_b, joined ? n : 4 * n, joined ? 4 * h : h, 1e-6f);
+    d->matmul(d, t->wide, t->norm, n, &m->fc1, m->fc1_b, QVL__EPI_GELU_ERF);
+    d->matmul(d, t->qkv, t->wide, n, &m->fc2, m->fc2_b, QVL__EPI_NONE); /* qkv is free between layers */
+    d->get(d, e->data + ((size_t)layer * (size_t)e->tokens + (size_t)t->row) * (size_t)out, t->qkv, (size_t)n * (size_t)out * sizeof(float));
+    t->row += n;
+    if (t->row < e->tokens) return;
+    t->row = 0;
+    if (++t->at < t->n) return;
+    if (joined) t->deep++, next_layer(t);
+    else t->phase = DONE;
+}
+
+void qvl__tower_start(qvl__tower *t, const qvl__visual *const *visual, qvl_embedding *const *out, int n) {
+    t->n = n;
+    t->rows = 0;
+    for (int i = 0; i < n; i++) {
+        t->visual[i] = visual[i];
+        t->out[i] = out[i];
+        t->first_row[i] = t->rows;
+        t->rows += qvl__visual_rows(visual[i]);
+    }
+    t->layer = t->deep = 0;
+    enter(t, n ? EMBED : DONE);
+}
+
+bool qvl__tower_work(qvl__tower *t, double until_ms) {
+    do {
+        switch (t->phase) {
+        case EMBED: embed(t); break;
+        case QKV: qkv(t); break;
+        case ATTENTION: attention(t); break;
+        case MLP: mlp(t); break;
+        case DEEPSTACK:
+        case MERGER: merge(t); break;
+        case DONE: break;
+        }
+    } while (t->phase != DONE && qvl__now_ms() < until_ms);
+    return t->phase == DONE;
+}
+
+void qvl__tower_stop(qvl__tower *t) { t->phase = DONE; }
+
+/* ---- one visual ---- */
+
+int qvl__embedding_for(qvl_embedding **out, const qvl_model *m, const qvl__visual *v) {
+    int rc = qvl__embedding_alloc(out, 1 + m->config.vision.n_deepstack, v->tokens, m->config.vision.out_hidden);
     if (rc) return rc;
+    qvl_embedding *e = *out;
     e->t = v->t, e->h = v->h, e->w = v->w, e->video = v->video;
     memcpy(e->hash, v->hash, sizeof e->hash);
     memcpy(e->weights_id, m->weights.id, sizeof e->weights_id);
-    t.base = t.d->alloc(t.d, t.bytes);
-    if (t.base) {
-        layout(&t);
-        rc = run(&t, v, e);
-        t.d->free(t.d, t.base, t.bytes);
-    } else rc = QVL_ENOMEM;
+    return 0;
+}
+
+int qvl__vision_forward(qvl_model *m, const qvl__visual *v, qvl_embedding **out) {
+    qvl__tower *t;
+    *out = NULL;
+    qvl_embedding *e;
+    int rc = qvl__embedding_for(&e, m, v);
+    if (rc) return rc;
+    rc = qvl__tower_new(&t, m, qvl__visual_rows(v), 1);
     if (rc) {
         qvl_embedding_free(e);
         return rc;
     }
+    qvl__tower_start(t, &v, &e, 1);
+    qvl__tower_work(t, 1e300);
+    qvl__tower_free(t);
     *out = e;
     return 0;
 }

@@ -36,6 +36,8 @@ static inline int qvl__blocks_for(int64_t tokens) { return (int)((tokens + QVL__
 bool qvl__blocks_take(qvl__blocks *b, int32_t *table, int n);
 /* The block of these contents, held once more; -1 when there is none. */
 int32_t qvl__blocks_share(qvl__blocks *b, qvl__key key);
+/* Holds a block that somebody holds once more. */
+static inline void qvl__blocks_hold(qvl__blocks *b, int32_t block) { b->refs[block]++; }
 /* Says what a held block now holds. When another block of the same contents is known already, nothing happens. */
 void qvl__blocks_name(qvl__blocks *b, int32_t block, qvl__key key);
 void qvl__blocks_give(qvl__blocks *b, const int32_t *table, int n);

@@ -75,10 +75,23 @@ static int check(const qvl__sampling *p) {
 
 static bool has_penalty(const qvl__sampling *p) { return p->repetition != 1 || p->presence != 0 || p->frequency != 0; }
 
-int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt,
-                      size_t n) {
+int qvl__sample_scratch_new(qvl__sample_scratch *s, int vocab) {
+    s->cand = qvl__array(NULL, (size_t)vocab, sizeof *s->cand);
+    s->raw = qvl__array(NULL, (size_t)vocab, sizeof *s->raw);
+    return s->cand && s->raw ? 0 : QVL_ENOMEM;
+}
+
+void qvl__sample_scratch_free(qvl__sample_scratch *s) {
+    qvl__free(s->cand);
+    qvl__free(s->raw);
+    *s = (qvl__sample_scratch){0};
+}
+
+int qvl__sampler_init(qvl__sampler *s, const qvl__sample_scratch *scratch, const qvl_options *o, const qvl__generation_config *g,
+                      int vocab, const int32_t *prompt, size_t n) {
     memset(s, 0, sizeof *s);
     s->vocab = vocab;
+    s->scratch = scratch;
     qvl__sampling *p = &s->p;
     p->temperature = f64_or(o, "temperature", g->temperature);
     p->top_p = f64_or(o, "top_p", g->top_p);
@@ -96,8 +109,6 @@ int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generati
     bool ok = rc == 0;
     if (ok && p->repetition != 1) ok = (s->in_prompt = qvl__calloc(v, sizeof *s->in_prompt)) != NULL;
     if (ok && has_penalty(p)) ok = (s->count = qvl__calloc(v, sizeof *s->count)) != NULL;
-    if (ok && p->logprobs >= 0 && (has_penalty(p) || p->n_bias)) ok = (s->raw = qvl__array(NULL, v, sizeof *s->raw)) != NULL;
-    if (ok && p->temperature > 0) ok = (s->cand = qvl__array(NULL, v, sizeof *s->cand)) != NULL;
     if (rc == 0 && !ok) rc = QVL_ENOMEM;
     for (size_t i = 0; i < n && rc == 0; i++) {
         if (prompt[i] < 0 || prompt[i] >= vocab)
@@ -113,8 +124,6 @@ void qvl__sampler_free(qvl__sampler *s) {
     qvl__free(s->p.bias);
     qvl__free(s->in_prompt);
     qvl__free(s->count);
-    qvl__free(s->raw);
-    qvl__free(s->cand);
     memset(s, 0, sizeof *s);
 }
 
@@ -299,11 +308,11 @@ static int keep_mass(candidate *c, int n, double mass, double *sum) {
     return kept;
 }
 
-/* Fills s->cand with what may be drawn; *total gets the sum of the probabilities. Returns its number, 0 when there is
+/* Fills the scratch with what may be drawn; *total gets the sum of the probabilities. Returns its number, 0 when there is
  * nothing. */
 static int distribution(qvl__sampler *s, const float *x, int limit, double *total) {
     const qvl__sampling *p = &s->p;
-    candidate *c = s->cand;
+    candidate *c = s->scratch->cand;
     *total = 0;
     float max = largest(x, limit);
     if (max == -INFINITY) return 0;
@@ -331,9 +340,11 @@ static int distribution(qvl__sampler *s, const float *x, int limit, double *tota
 
 /* ---- the choice ---- */
 
+static int not_finite(void) { return qvl__fail(QVL_ENUMERIC, "the model produced a logit that is not a finite number"); }
+
 /* x -> what is chosen from: adjusted, without banned ids. */
 static int prepare(qvl__sampler *s, float *x, const int32_t *banned, int n_banned) {
-    if (!all_numbers(x, s->vocab)) return qvl__fail(QVL_ENUMERIC, "the model produced a logit that is not a finite number");
+    if (!all_numbers(x, s->vocab)) return not_finite();
     adjust(s, x);
     for (int i = 0; i < n_banned; i++)
         if (banned[i] >= 0 && banned[i] < s->vocab) x[banned[i]] = -INFINITY;
@@ -356,7 +367,7 @@ static int choose(qvl__sampler *s, const float *x, int limit, uint64_t position,
     double total;
     int n = distribution(s, x, limit, &total);
     if (n == 0) return nothing_left();
-    const candidate *c = s->cand;
+    const candidate *c = s->scratch->cand;
     double rest = uniform(s->p.seed, position) * total;
     int chosen = 0;
     for (int i = 0; i < n; i++) {
@@ -368,23 +379,30 @@ static int choose(qvl__sampler *s, const float *x, int limit, uint64_t position,
     return 0;
 }
 
+int qvl__logprobs(const float *logits, int vocab, int limit, int32_t token, int n_top, qvl__choice *out) {
+    out->logprob = NAN;
+    out->n_top = 0;
+    if (!all_numbers(logits, vocab)) return not_finite();
+    double lse = log_sum_exp(logits, vocab);
+    out->n_top = top_logits(logits, limit < vocab ? limit : vocab, n_top, out->top_id);
+    for (int i = 0; i < out->n_top; i++) out->top_logprob[i] = (float)(logits[out->top_id[i]] - lse);
+    if (token >= 0) out->logprob = (float)(logits[token] - lse);
+    return 0;
+}
+
 int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position,
                 qvl__choice *out) {
     if (limit > s->vocab) limit = s->vocab;
-    out->logprob = NAN;
-    out->n_top = 0;
-    double lse = 0;
-    const float *raw = s->raw ? s->raw : logits;
-    if (s->raw) memcpy(s->raw, logits, (size_t)s->vocab * sizeof *s->raw);
-    if (s->p.logprobs >= 0 && all_numbers(logits, s->vocab)) {
-        lse = log_sum_exp(logits, s->vocab);
-        out->n_top = top_logits(logits, limit, s->p.logprobs, out->top_id);
-        for (int i = 0; i < out->n_top; i++) out->top_logprob[i] = (float)(logits[out->top_id[i]] - lse);
+    const float *raw = logits;
+    if (s->p.logprobs >= 0) { /* of the logits as they came */
+        memcpy(s->scratch->raw, logits, (size_t)s->vocab * sizeof *logits);
+        raw = s->scratch->raw;
     }
     int rc = prepare(s, logits, banned, n_banned);
     if (rc == 0) rc = choose(s, logits, limit, position, &out->token);
-    if (rc == 0 && s->p.logprobs >= 0) out->logprob = (float)(raw[out->token] - lse);
-    return rc;
+    out->logprob = NAN;
+    out->n_top = 0;
+    return rc || s->p.logprobs < 0 ? rc : qvl__logprobs(raw, s->vocab, limit, out->token, s->p.logprobs, out);
 }
 
 static int best_first(const void *a, const void *b) { return above(a, b) ? -1 : 1; }
@@ -394,10 +412,11 @@ int qvl__sample_distribution(qvl__sampler *s, float *logits, int limit, int32_t 
     double total;
     if (rc < 0) return rc;
     int n = distribution(s, logits, limit < s->vocab ? limit : s->vocab, &total);
-    qsort(s->cand, (size_t)n, sizeof *s->cand, best_first);
+    candidate *c = s->scratch->cand;
+    qsort(c, (size_t)n, sizeof *c, best_first);
     for (int i = 0; i < n; i++) {
-        ids[i] = s->cand[i].id;
-        probs[i] = s->cand[i].prob / total;
+        ids[i] = c[i].id;
+        probs[i] = c[i].prob / total;
     }
     return n;
 }

@@ -27,23 +27,31 @@ typedef struct {
     float top_logprob[64];
 } qvl__choice;
 
+/* Scratch that samplers of one thread share: vocab entries each. */
+typedef struct {
+    struct qvl__candidate {
+        double prob; /* not normalized until the end */
+        float logit; /* over temperature */
+        int32_t id;
+    } *cand;
+    float *raw; /* the logits as they came, where logprobs are wanted of something that changes them */
+} qvl__sample_scratch;
+int qvl__sample_scratch_new(qvl__sample_scratch *s, int vocab);
+void qvl__sample_scratch_free(qvl__sample_scratch *s);
+
 /* All memory is taken by init; choosing a token takes none. */
 typedef struct {
     qvl__sampling p;
     int vocab;
     uint8_t *in_prompt; /* one byte per token of the vocabulary, only with a repetition penalty */
     uint32_t *count;    /* per token: occurrences in the answer, only with a penalty */
-    float *raw;         /* the logits as they came, only with logprobs and something that changes them */
-    struct qvl__candidate {
-        double prob; /* not normalized until the end */
-        float logit; /* over temperature */
-        int32_t id;
-    } *cand; /* vocab entries of scratch, only without greedy */
+    const qvl__sample_scratch *scratch;
 } qvl__sampler;
 
-/* Reads the request's options (unset ones from g); checks ids against vocab. On failure s holds nothing. */
-int qvl__sampler_init(qvl__sampler *s, const qvl_options *o, const qvl__generation_config *g, int vocab, const int32_t *prompt,
-                      size_t n);
+/* Reads the request's options (unset ones from g); checks ids against vocab. scratch must outlive s and belong to the
+ * thread that samples. On failure s holds nothing. */
+int qvl__sampler_init(qvl__sampler *s, const qvl__sample_scratch *scratch, const qvl_options *o, const qvl__generation_config *g,
+                      int vocab, const int32_t *prompt, size_t n);
 void qvl__sampler_free(qvl__sampler *s);
 /* position = index of the token to be chosen in the whole sequence; logits are overwritten. limit: ids >= limit are
  * never chosen (padding of the vocabulary beyond the tokenizer). banned: ids that may not be chosen now (end tokens
@@ -52,6 +60,9 @@ void qvl__sampler_free(qvl__sampler *s);
 int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position,
                 qvl__choice *out);
 void qvl__sampler_accept(qvl__sampler *s, int32_t token);
+/* Log-softmax of logits[0, vocab) for token, and the n_top most likely of the ids below limit. token < 0: no logprob.
+ * QVL_ENUMERIC when a logit is NaN or +inf. */
+int qvl__logprobs(const float *logits, int vocab, int limit, int32_t token, int n_top, qvl__choice *out);
 /* What sampling would draw from: kept ids in descending probability (equal ones: the lowest id first), for tests.
  * Returns their number. Not for greedy. */
 int qvl__sample_distribution(qvl__sampler *s, float *logits, int limit, int32_t *ids, double *probs);

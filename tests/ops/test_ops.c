@@ -161,18 +161,19 @@ static void bench(int threads) {
         free(ones), free(out), free(qkv);
     }
     const int span = 1024, vd = 64;
-    float *qkv = random_floats((size_t)span * 3 * 16 * vd, 1.0f), *out = floats((size_t)span * 16 * vd);
-    void *scratch = must(malloc(d->attention_full_scratch(d, span, vd)));
+    float *qkv = random_floats((size_t)span * 3 * 16 * vd, 1.0f);
+    void *scratch = must(malloc(d->attention_full_scratch(d, span, vd, 16)));
     double best = 1e30;
     for (int round = 0; round < 4; round++) {
         double t0 = qvl__now_ms();
-        d->attention_full(d, out, qkv, span, span, 16, vd, scratch);
+        d->attention_pack(d, scratch, qkv, span, 16, vd, 0, 16);
+        d->attention_full(d, qkv, span, 16, vd, 0, 16, 0, span, scratch);
         double t = qvl__now_ms() - t0;
         if (t < best) best = t;
     }
     printf("  attention_full, span %d, 16 heads of %d: %.2f ms %.1f GFLOP/s\n", span, vd, best,
         4.0 * span * span * 16 * vd / best / 1e6);
-    free(scratch), free(out), free(qkv);
+    free(scratch), free(qkv);
     d->close(d);
     qvl__pool_free(pool);
 }

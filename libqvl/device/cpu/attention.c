@@ -26,19 +26,28 @@ static size_t half_bytes(qvl__type type, int dim) { return (size_t)BLOCK * (size
 
 /* ---- cache ---- */
 
-int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks) {
+int qvl__cpu_kv_block_bytes(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes) {
     (void)d;
-    memset(kv, 0, sizeof *kv);
     if (type != QVL__F32 && type != QVL__BF16) return qvl__fail(QVL_EUNSUPPORTED, "the KV cache is F32 or BF16");
-    if (layers <= 0 || kv_heads <= 0 || blocks <= 0 || head_dim <= 0)
-        return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d layers, %d heads of %d and %d blocks", layers, kv_heads,
-            head_dim, blocks);
+    if (layers <= 0 || kv_heads <= 0 || head_dim <= 0)
+        return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d layers and %d heads of %d", layers, kv_heads, head_dim);
     if (head_dim % 2 || head_dim > QVL__ATTN_MAX_DIM)
         return qvl__fail(QVL_EUNSUPPORTED, "head_dim is %d: it must be even and at most %d", head_dim, QVL__ATTN_MAX_DIM);
     size_t block = 2 * half_bytes(type, padded(head_dim)); /* at most 2^17 */
-    if ((size_t)layers > SIZE_MAX / block / (size_t)kv_heads / (size_t)blocks)
+    if ((size_t)layers > SIZE_MAX / block / (size_t)kv_heads)
+        return qvl__fail(QVL_ENOMEM, "a KV block of %d layers does not fit the address space", layers);
+    *bytes = block * (size_t)layers * (size_t)kv_heads;
+    return 0;
+}
+
+int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks) {
+    memset(kv, 0, sizeof *kv);
+    size_t block;
+    int rc = qvl__cpu_kv_block_bytes(d, type, layers, kv_heads, head_dim, &block);
+    if (rc) return rc;
+    if (blocks <= 0) return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d blocks", blocks);
+    if ((size_t)blocks > SIZE_MAX / block)
         return qvl__fail(QVL_ENOMEM, "a KV cache of %d blocks does not fit the address space", blocks);
-    block *= (size_t)layers * (size_t)kv_heads;
     *kv = (qvl__kv){type, layers, kv_heads, head_dim, blocks, block, NULL};
     kv->data = qvl__pages(block * (size_t)blocks);
     return kv->data ? 0 : QVL_ENOMEM;
@@ -48,6 +57,12 @@ void qvl__cpu_kv_free(qvl__device *d, qvl__kv *kv) {
     (void)d;
     if (kv->data) qvl__pages_free(kv->data, kv->block_bytes * (size_t)kv->blocks);
     memset(kv, 0, sizeof *kv);
+}
+
+void qvl__cpu_kv_copy(qvl__device *d, qvl__kv *kv, int from, int to) {
+    (void)d;
+    char *base = kv->data;
+    memcpy(base + (size_t)to * kv->block_bytes, base + (size_t)from * kv->block_bytes, kv->block_bytes);
 }
 
 /* Block 0 of a layer and KV head; block b lies b * block_bytes further. */
@@ -270,24 +285,22 @@ void qvl__cpu_attention_paged(qvl__device *d, float *out, const float *qkv, int 
     }
 }
 
-/* ---- vision: every (span, head) is packed into blocks in scratch, then walked as above ---- */
+/* ---- vision: keys and values of a head are packed into blocks in scratch, which are then walked as above ---- */
 
-static size_t full_slice(int span, int dim) { return (size_t)qvl__div_up(span, BLOCK) * 2 * half_bytes(QVL__F32, dim); }
+static size_t full_head(int span, int dim) { return (size_t)qvl__div_up(span, BLOCK) * 2 * half_bytes(QVL__F32, dim); }
 
-size_t qvl__cpu_attention_full_scratch(qvl__device *d, int span, int head_dim) {
-    int dim = padded(head_dim);
-    return (size_t)qvl__cpu_threads(d) * (full_slice(span, dim) + QVL__ATTN_FLOATS(dim) * sizeof(float));
+size_t qvl__cpu_attention_full_scratch(qvl__device *d, int span, int head_dim, int n) {
+    (void)d;
+    return (size_t)n * full_head(span, padded(head_dim));
 }
 
 typedef struct {
     const qvl__device *d;
-    float *out;
-    const float *qkv;
-    int span, heads, head_dim, dim;
-    char *slices;         /* one (span, head) each */
-    float *tiles;         /* one per worker */
-    int first;            /* number of the (span, head) in slice 0 */
-    int per_pair;         /* tasks of one (span, head) */
+    float *qkv;
+    int span, heads, head_dim, dim, head; /* head: the first of those in scratch */
+    int row, rows;                        /* of queries */
+    char *scratch;
+    int per_head; /* tasks */
 } full_job;
 
 #define PACK_BLOCKS 8
@@ -295,15 +308,14 @@ typedef struct {
 static void full_pack(void *ctx, int task, int worker) {
     (void)worker;
     const full_job *j = ctx;
-    int pair = task / j->per_pair, row_span = (j->first + pair) / j->heads, head = (j->first + pair) % j->heads;
-    int n = j->head_dim;
+    int head = task / j->per_head, n = j->head_dim;
     size_t ld = 3 * (size_t)j->heads * (size_t)n, half = half_bytes(QVL__F32, j->dim);
-    char *slice = j->slices + (size_t)pair * full_slice(j->span, j->dim);
-    const float *base = j->qkv + (size_t)row_span * (size_t)j->span * ld + (size_t)head * (size_t)n;
-    int t = task % j->per_pair * PACK_BLOCKS * BLOCK, end = t + PACK_BLOCKS * BLOCK;
+    char *packed = j->scratch + (size_t)head * full_head(j->span, j->dim);
+    const float *base = j->qkv + (size_t)(j->head + head) * (size_t)n;
+    int t = task % j->per_head * PACK_BLOCKS * BLOCK, end = t + PACK_BLOCKS * BLOCK;
     if (end > j->span) end = j->span;
     for (; t < end; t++) {
-        char *block = slice + (size_t)(t / BLOCK) * 2 * half;
+        char *block = packed + (size_t)(t / BLOCK) * 2 * half;
         if (t % BLOCK == 0) memset(block, 0, 2 * half);
         const float *key = base + (size_t)t * ld + (size_t)j->heads * (size_t)n;
         store_k(NULL, QVL__F32, block, t % BLOCK, j->dim, key, n, NULL);
@@ -311,37 +323,33 @@ static void full_pack(void *ctx, int task, int worker) {
     }
 }
 
+void qvl__cpu_attention_pack(qvl__device *d, void *scratch, const float *qkv, int span, int heads, int head_dim, int head, int n) {
+    if (span <= 0 || n <= 0) return;
+    full_job j = {.d = d, .qkv = (float *)(uintptr_t)qkv, .span = span, .heads = heads, .head_dim = head_dim, .dim = padded(head_dim), .head = head,
+                  .scratch = scratch, .per_head = qvl__div_up(span, PACK_BLOCKS * BLOCK)};
+    qvl__pool_run(d->pool, n * j.per_head, full_pack, &j);
+}
+
+/* A tile of one head reads its own queries first and writes their outputs there last. */
 static void full_task(void *ctx, int task, int worker) {
     const full_job *j = ctx;
     const struct qvl__kern *k = qvl__cpu_kern(j->d);
-    int pair = task / j->per_pair, row_span = (j->first + pair) / j->heads, head = (j->first + pair) % j->heads;
-    size_t n = (size_t)j->head_dim, half = half_bytes(QVL__F32, j->dim);
-    keys ks = {QVL__F32, j->head_dim, j->dim, j->slices + (size_t)pair * full_slice(j->span, j->dim), 2 * half, NULL};
+    int head = task / j->per_head;
+    size_t n = (size_t)j->head_dim, ld = 3 * (size_t)j->heads * n;
+    keys ks = {QVL__F32, j->head_dim, j->dim, j->scratch + (size_t)head * full_head(j->span, j->dim), 2 * half_bytes(QVL__F32, j->dim), NULL};
     qtile t;
-    tile_init(&t, j->tiles + (size_t)worker * QVL__ATTN_FLOATS(j->dim), j->dim);
-    int r0 = task % j->per_pair * QVL__ATTN_ROWS, r1 = j->span - r0 < QVL__ATTN_ROWS ? j->span : r0 + QVL__ATTN_ROWS;
-    size_t row0 = (size_t)row_span * (size_t)j->span;
-    for (int r = r0; r < r1; r++)
-        tile_add(&t, &ks, j->qkv + (row0 + (size_t)r) * 3 * (size_t)j->heads * n + (size_t)head * n, j->span);
+    tile_init(&t, qvl__cpu_scratch(j->d, worker), j->dim);
+    int r0 = task % j->per_head * QVL__ATTN_ROWS, r1 = j->rows - r0 < QVL__ATTN_ROWS ? j->rows : r0 + QVL__ATTN_ROWS;
+    float *q = j->qkv + (size_t)(j->row + r0) * ld + (size_t)(j->head + head) * n;
+    for (int r = r0; r < r1; r++) tile_add(&t, &ks, q + (size_t)(r - r0) * ld, j->span);
     attend(k, &ks, &t);
-    for (int i = 0; i < t.rows; i++)
-        k->divide(j->out + ((row0 + (size_t)(r0 + i)) * (size_t)j->heads + (size_t)head) * n,
-            t.o + (size_t)i * (size_t)j->dim, t.sum[i],
-                  j->head_dim);
+    for (int i = 0; i < t.rows; i++) k->divide(q + (size_t)i * ld, t.o + (size_t)i * (size_t)j->dim, t.sum[i], j->head_dim);
 }
 
-void qvl__cpu_attention_full(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim,
-    void *scratch) {
-    if (rows <= 0) return;
-    int slices = qvl__cpu_threads(d), dim = padded(head_dim), pairs = rows / span * heads;
-    full_job j = {.d = d, .out = out, .qkv = qkv, .span = span, .heads = heads, .head_dim = head_dim, .dim = dim};
-    j.slices = scratch;
-    j.tiles = (float *)(void *)(j.slices + (size_t)slices * full_slice(span, dim));
-    for (j.first = 0; j.first < pairs; j.first += slices) {
-        int n = pairs - j.first < slices ? pairs - j.first : slices;
-        j.per_pair = qvl__div_up(span, PACK_BLOCKS * BLOCK);
-        qvl__pool_run(d->pool, n * j.per_pair, full_pack, &j);
-        j.per_pair = qvl__div_up(span, QVL__ATTN_ROWS);
-        qvl__pool_run(d->pool, n * j.per_pair, full_task, &j);
-    }
+void qvl__cpu_attention_full(qvl__device *d, float *qkv, int span, int heads, int head_dim, int head, int n, int row, int rows,
+                             const void *scratch) {
+    if (rows <= 0 || n <= 0) return;
+    full_job j = {.d = d, .qkv = qkv, .span = span, .heads = heads, .head_dim = head_dim, .dim = padded(head_dim), .head = head, .row = row, .rows = rows,
+                  .scratch = (char *)(uintptr_t)scratch, .per_head = qvl__div_up(rows, QVL__ATTN_ROWS)};
+    qvl__pool_run(d->pool, n * j.per_head, full_task, &j);
 }

@@ -70,13 +70,16 @@ void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const q
 
 /* attention.c */
 int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks);
+int qvl__cpu_kv_block_bytes(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes);
 void qvl__cpu_kv_free(qvl__device *d, qvl__kv *kv);
+void qvl__cpu_kv_copy(qvl__device *d, qvl__kv *kv, int from, int to);
 void qvl__cpu_qk_norm_rope_kv(qvl__device *d, float *qkv, int heads, const float *q_norm, const float *k_norm, float eps,
                               const float *cos, const float *sin, qvl__kv *kv, int layer, const qvl__ragged *b);
 void qvl__cpu_attention_paged(qvl__device *d, float *out, const float *qkv, int heads, const qvl__kv *kv, int layer,
                               const qvl__ragged *b);
-void qvl__cpu_attention_full(qvl__device *d, float *out, const float *qkv, int rows, int span, int heads, int head_dim,
-                             void *scratch);
-size_t qvl__cpu_attention_full_scratch(qvl__device *d, int span, int head_dim);
+void qvl__cpu_attention_pack(qvl__device *d, void *scratch, const float *qkv, int span, int heads, int head_dim, int head, int n);
+void qvl__cpu_attention_full(qvl__device *d, float *qkv, int span, int heads, int head_dim, int head, int n, int row, int rows,
+                             const void *scratch);
+size_t qvl__cpu_attention_full_scratch(qvl__device *d, int span, int head_dim, int n);
 
 #endif

@@ -211,7 +211,9 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     d->matrix_put = qvl__cpu_matrix_put;
     d->matrix_free = qvl__cpu_matrix_free;
     d->kv_new = qvl__cpu_kv_new;
+    d->kv_block_bytes = qvl__cpu_kv_block_bytes;
     d->kv_free = qvl__cpu_kv_free;
+    d->kv_copy = qvl__cpu_kv_copy;
     d->embed = qvl__cpu_embed;
     d->gather_rows = cpu_gather_rows;
     d->scatter_rows = cpu_scatter_rows;
@@ -224,6 +226,7 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     d->qk_norm_rope_kv = qvl__cpu_qk_norm_rope_kv;
     d->attention_paged = qvl__cpu_attention_paged;
     d->rope_vision = cpu_rope_vision;
+    d->attention_pack = qvl__cpu_attention_pack;
     d->attention_full = qvl__cpu_attention_full;
     d->attention_full_scratch = qvl__cpu_attention_full_scratch;
     *out = d;
