@@ -43,6 +43,7 @@ static qvl__buf *new_text(const qvl_engine *e, qvl__request *r) {
 
 static void fill_usage(qvl_event *v, const qvl__request *r) {
     double now = qvl__now_ms();
+    double vision = r->started ? qvl__pictures_ms(r) : 0;
     int pads = 0;
     for (int i = 0; i < r->prompt->n_runs; i++) pads += r->prompt->runs[i].tokens;
     v->usage[QVL_USAGE_PROMPT_TOKENS] = r->prompt_n;
@@ -50,10 +51,10 @@ static void fill_usage(qvl_event *v, const qvl__request *r) {
     v->usage[QVL_USAGE_IMAGE_TOKENS] = pads;
     v->usage[QVL_USAGE_CACHED_TOKENS] = r->prefix;
     v->usage[QVL_USAGE_QUEUE_MS] = (r->started ? r->started : now) - r->submitted;
-    v->usage[QVL_USAGE_VISION_MS] = r->vision_ms;
+    v->usage[QVL_USAGE_VISION_MS] = vision;
     if (r->first_token) {
         v->usage[QVL_USAGE_TTFT_MS] = r->first_token - r->submitted;
-        v->usage[QVL_USAGE_PREFILL_MS] = fmax(0, r->first_token - r->started - r->vision_ms);
+        v->usage[QVL_USAGE_PREFILL_MS] = fmax(0, r->first_token - r->started - vision);
         v->usage[QVL_USAGE_DECODE_MS] = now - r->first_token;
     }
     v->usage[QVL_USAGE_TOTAL_MS] = now - r->submitted;

@@ -31,7 +31,7 @@ typedef struct {
     const qvl__visual *visual;
     int users;                 /* live requests; under lock, as the rest */
     uint64_t last_use;         /* for LRU among those without users */
-    double ms;                 /* what encoding took */
+    double ms, done;           /* what encoding took; when it was done */
 } qvl__picture;
 
 typedef struct qvl__request {
@@ -70,7 +70,7 @@ typedef struct qvl__request {
 
     atomic_bool cancelled;
     bool ended;
-    double submitted, deadline, started, first_token, vision_ms;
+    double submitted, deadline, started, first_token;
     int prefix, speculated, images_cached; /* prompt tokens found in the cache; right guesses; pictures that were there */
 } qvl__request;
 
@@ -206,6 +206,8 @@ int qvl__pictures_take(qvl_engine *e, qvl__request *r);
 void qvl__pictures_give(qvl_engine *e, qvl__request *r);
 /* The embedding of visual i; NULL until it is there. */
 const qvl_embedding *qvl__picture_embedding(const qvl__request *r, int i);
+/* What encoding the pictures that r had to wait for took. */
+double qvl__pictures_ms(const qvl__request *r);
 /* Whether a running request waits for a picture. */
 bool qvl__pictures_wanted(const qvl_engine *e);
 /* Encodes pictures that running requests wait for, slice by slice, until the clock says until_ms; at least one slice. */

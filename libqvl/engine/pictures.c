@@ -138,6 +138,13 @@ static bool put(qvl_engine *e, qvl__picture *p) {
     return true;
 }
 
+double qvl__pictures_ms(const qvl__request *r) {
+    double ms = 0;
+    for (int i = 0; i < r->prompt->n_visuals; i++)
+        if (r->pictures[i] && r->pictures[i]->state == QVL__READY && r->pictures[i]->done > r->started) ms += r->pictures[i]->ms;
+    return ms;
+}
+
 /* Fills the tower with the next pictures, in the order of the requests; false when none is waited for. */
 static bool start(qvl_engine *e) {
     e->encoding.n = e->encoding.rows = 0;
@@ -161,6 +168,7 @@ static void end(qvl_engine *e, bool done) {
     for (int i = 0; i < e->encoding.n; i++) {
         qvl__picture *p = e->encoding.picture[i];
         p->ms = e->encoding.ms * qvl__visual_rows(p->visual) / e->encoding.rows;
+        p->done = qvl__now_ms();
         p->state = done ? QVL__READY : QVL__WAITING;
         if (!done) continue;
         qvl_prompt_free(p->prompt); /* the pixels are not needed any more */

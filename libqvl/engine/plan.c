@@ -16,7 +16,7 @@
 static int plan_context(const qvl_model *m, const qvl_options *o) {
     int64_t asked = qvl__opt_i64(o, "max_context"), most = m->config.text.max_positions;
     if (asked > most)
-        return qvl__fail(QVL_EINVAL, "option max_context: %" PRId64 " is more than the model's %" PRId64 " positions", asked, most);
+        return qvl__fail(QVL_EINVAL, "option max_context: %" PRId64 " is more than the model's max_position_embeddings %" PRId64, asked, most);
     return (int)(asked ? asked : most < 8192 ? most : 8192);
 }
 

@@ -557,11 +557,21 @@ static void run_text(qvl__device *d, const text_case *t, qvl__kv *kv, float *qkv
     d->attention_paged(d, out + (size_t)r0 * (size_t)(t->heads * t->n), qkv + (size_t)r0 * ld, t->heads, kv, 1, &b);
 }
 
-static void poison(qvl__kv *kv) { memset(kv->data, 0xff, kv->block_bytes * (size_t)kv->blocks); } /* NaN in both types */
+static void poison(qvl__kv *kv) { memset(kv->data, 0xff, kv->block_bytes * (size_t)kv->blocks); } /* NaN, or NaN scales */
+
+/* A key or value as the cache keeps it: I8 in 127 steps to the largest, one scale for all n. */
+static void cached(double *to, const float *x, int n, qvl__type type) {
+    float max = 0;
+    for (int i = 0; i < n; i++) max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+    for (int i = 0; i < n; i++) to[i] = type == QVL__I8 ? (double)nearbyintf(x[i] * (127.0f / max)) * (double)(max / 127.0f) : rounded(x[i], type);
+}
 
 static void reference_text(const text_case *t, qvl__type type, const float *qkv, const float *out, const char *isa) {
     int n = t->n, ld = (t->heads + 2 * t->kv_heads) * n;
     double *p = must(malloc((size_t)t->rows * sizeof(double)));
+    double *kv = must(malloc((size_t)t->rows * 2 * (size_t)(t->kv_heads * n) * sizeof(double))), error = 0, size = 0;
+    for (int i = 0; i < t->rows * 2 * t->kv_heads; i++)
+        cached(kv + (size_t)i * n, qkv + (size_t)(i / (2 * t->kv_heads)) * ld + (t->heads + i % (2 * t->kv_heads)) * n, n, type);
     for (int r = 0; r < t->rows; r++) {
         /* norm and rope, from the inputs */
         for (int h = 0; h < t->heads; h++) {
@@ -580,22 +590,30 @@ static void reference_text(const text_case *t, qvl__type type, const float *qkv,
             int g = h / (t->heads / t->kv_heads), len = t->pos[r] + 1;
             double max = -INFINITY, sum = 0;
             for (int i = 0; i < len; i++) {
-                const float *key = qkv + (size_t)(r - len + 1 + i) * ld + (t->heads + g) * n;
+                const double *key = kv + ((size_t)(r - len + 1 + i) * 2 * t->kv_heads + g) * n;
                 p[i] = 0;
-                for (int c = 0; c < n; c++) p[i] += (double)qkv[(size_t)r * ld + h * n + c] * rounded(key[c], type);
+                for (int c = 0; c < n; c++) p[i] += (double)qkv[(size_t)r * ld + h * n + c] * key[c];
                 p[i] /= sqrt(n);
                 max = fmax(max, p[i]);
             }
             for (int i = 0; i < len; i++) sum += p[i] = exp(p[i] - max);
             for (int c = 0; c < n; c++) {
                 double v = 0;
-                for (int i = 0; i < len; i++)
-                    v += p[i] / sum * rounded(qkv[(size_t)(r - len + 1 + i) * ld + (t->heads + t->kv_heads + g) * n + c], type);
+                for (int i = 0; i < len; i++) {
+                    size_t token = (size_t)(r - len + 1 + i);
+                    v += p[i] / sum * kv[(token * 2 * t->kv_heads + t->kv_heads + g) * n + c];
+                    double whole = qkv[token * ld + (t->heads + t->kv_heads + g) * n + c];
+                    error += pow(kv[(token * 2 * t->kv_heads + t->kv_heads + g) * n + c] - whole, 2), size += whole * whole;
+                }
                 /* values are in -1 .. 1, scores a few units: their error, some n u, is the relative error of each p */
                 check_near("attention_paged", isa, out[((size_t)r * t->heads + h) * n + c], v, 1e-5);
             }
         }
     }
+    /* what the type costs: rms of what is lost of V, relative */
+    static const double lost[] = {[QVL__F32] = 0, [QVL__BF16] = 2.5e-3, [QVL__F16] = 4e-4, [QVL__I8] = 8e-3};
+    if (sqrt(error / size) > lost[type]) fail_msg("%s: a cache of type %s loses %.2g of its values", isa, qvl__type_name(type), sqrt(error / size));
+    free(kv);
     free(p);
 }
 
@@ -608,7 +626,7 @@ static void paged_body(qvl__device *d) {
     qvl__pool *pool1, *pool3;
     qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
-        for (int type = QVL__F32; type <= QVL__BF16; type++) {
+        for (int type = QVL__F32; type <= QVL__I8; type++) {
             text_case t = new_text(cases[c].heads, cases[c].kv_heads, cases[c].n, cases[c].lengths);
             size_t q_size = (size_t)t.rows * (size_t)((t.heads + 2 * t.kv_heads) * t.n),
                 o_size = (size_t)t.rows * (size_t)(t.heads * t.n);
@@ -639,6 +657,21 @@ static void paged_body(qvl__device *d) {
                     qkv + (size_t)r * (size_t)((t.heads + 2 * t.kv_heads) * t.n), t.heads, &kv, 1, &b);
             }
             check_bits("attention of a row alone", d->isa, out, z, o_size);
+            /* all blocks moved elsewhere by copies */
+            qvl__kv moved;
+            assert_int_equal(d->kv_new(d, &moved, (qvl__type)type, 2, t.kv_heads, t.n, 2 * t.blocks), 0);
+            poison(&moved);
+            size_t bytes = kv.block_bytes * (size_t)kv.blocks;
+            memcpy((char *)moved.data + bytes, kv.data, bytes);
+            for (int i = 0; i < t.blocks; i++) d->kv_copy(d, &moved, t.blocks + (i + 1) % t.blocks, i);
+            int32_t *table = must(malloc((size_t)SEQS * (size_t)t.stride * 4));
+            for (int i = 0; i < SEQS * t.stride; i++) table[i] = (t.table[i] + t.blocks - 1) % t.blocks;
+            memset((char *)moved.data + bytes, 0xff, bytes);
+            qvl__ragged b = {t.rows, t.seq, t.pos, table, t.stride};
+            d->attention_paged(d, z, qkv, t.heads, &moved, 1, &b);
+            check_bits("attention over copied blocks", d->isa, out, z, o_size);
+            free(table);
+            d->kv_free(d, &moved);
             d->kv_free(d, &kv);
             free(z), free(out), free(qkv);
             free_text(&t);

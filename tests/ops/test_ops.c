@@ -98,7 +98,7 @@ static void bench(int threads) {
     const int k = 2048, n = 6144, most = 512;
     float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)most * k, 1.0f), *y = floats((size_t)most * n);
     uint16_t *h = encode(w, (size_t)n * k, QVL__BF16);
-    static const char *const names[] = {"f32", "bf16", "f16"};
+    static const char *const names[] = {"f32", "bf16", "f16", "int8"};
     for (int type = 0; type < 3; type++) {
         qvl__matrix m[4]; /* more than the last-level cache holds */
         double t0 = qvl__now_ms();
@@ -126,26 +126,27 @@ static void bench(int threads) {
     }
     free(h), free(y), free(x), free(w);
 
-    const int heads = 16, kv_heads = 8, dim = 128, depth = 2048, ld = (heads + 2 * kv_heads) * dim;
-    for (int type = QVL__F32; type <= QVL__BF16; type++) {
+    enum { heads = 16, kv_heads = 8, dim = 128, depth = 2048 };
+    const int ld = (heads + 2 * kv_heads) * dim;
+    for (int type = QVL__F32; type <= QVL__I8; type++) {
         qvl__kv kv;
         d->kv_new(d, &kv, (qvl__type)type, 4, kv_heads, dim, depth / QVL__KV_BLOCK);
-        int32_t table[64], seq[512] = {0}, pos[512];
+        int32_t table[depth / QVL__KV_BLOCK], seq[512] = {0}, pos[512];
         float *qkv = random_floats((size_t)512 * ld, 1.0f), *out = floats((size_t)512 * heads * dim),
             *ones = floats((size_t)512 * dim);
-        for (int i = 0; i < 64; i++) table[i] = 63 - i;
+        for (int i = 0; i < depth / QVL__KV_BLOCK; i++) table[i] = depth / QVL__KV_BLOCK - 1 - i;
         for (int i = 0; i < 512 * dim; i++) ones[i] = 1.0f;
         for (int layer = 0; layer < 4; layer++)
             for (int c = 0; c < 4; c++) {
                 for (int i = 0; i < 512; i++) pos[i] = c * 512 + i;
-                qvl__ragged b = {512, seq, pos, table, 64};
+                qvl__ragged b = {512, seq, pos, table, depth / QVL__KV_BLOCK};
                 d->qk_norm_rope_kv(d, qkv, heads, ones, ones, 1e-6f, ones, ones, &kv, layer, &b);
             }
         static const int counts[] = {1, 512};
         for (int c = 0; c < 2; c++) {
             double best = 1e30;
             for (int round = 0; round < 8; round++) {
-                qvl__ragged b = {counts[c], seq, pos + 512 - counts[c], table, 64};
+                qvl__ragged b = {counts[c], seq, pos + 512 - counts[c], table, depth / QVL__KV_BLOCK};
                 double t0 = qvl__now_ms();
                 d->attention_paged(d, out, qkv, heads, &kv, round % 4, &b);
                 double t = qvl__now_ms() - t0;
@@ -154,7 +155,7 @@ static void bench(int threads) {
             double keys = counts[c] == 1 ? depth : 512 * (depth - 255.5);
             printf("  attention_paged, %s cache, %3d rows at depth 2048, %d/%d heads of %d: %7.3f ms", names[type],
                 counts[c], heads, kv_heads, dim, best);
-            if (counts[c] == 1) printf(" %5.1f GB/s\n", (double)kv.block_bytes / 4 * 64 / best / 1e6);
+            if (counts[c] == 1) printf(" %5.1f GB/s\n", (double)kv.block_bytes / 4 * depth / QVL__KV_BLOCK / best / 1e6);
             else printf(" %5.1f GFLOP/s\n", 4.0 * keys * heads * dim / best / 1e6);
         }
         d->kv_free(d, &kv);

@@ -12,6 +12,8 @@
  *   K: 2 panels of 16 tokens: [2][dim][16]         (a product q k^T is the matrix tile with k = head_dim)
  *   V: dim / 16 panels of 16 columns: [dim / 16][32 tokens][16]   (p v is the matrix tile with k = tokens)
  * BF16 as in panel.c: neighbours in k (dimensions in K, tokens in V) are interleaved in pairs.
+ * I8: behind K and behind V lies a float scale for each of the 32 tokens. K's scales go onto the scores and V's onto the
+ * probabilities, so the tiles multiply plain integers, whose conversion to float is exact in registers and in scratch.
  */
 #include <math.h>
 #include <string.h>
@@ -22,13 +24,15 @@
 #define TILES 512 /* query tiles listed at a time, on the stack */
 
 static int padded(int head_dim) { return qvl__div_up(head_dim, QVL__PANEL) * QVL__PANEL; }
-static size_t half_bytes(qvl__type type, int dim) { return (size_t)BLOCK * (size_t)dim * qvl__type_size(type); } /* K or V */
+static size_t panels_bytes(qvl__type type, int dim) { return (size_t)BLOCK * (size_t)dim * qvl__type_size(type); }
+static size_t half_bytes(qvl__type type, int dim) { /* K or V */
+    return panels_bytes(type, dim) + (type == QVL__I8 ? BLOCK * sizeof(float) : 0);
+}
 
 /* ---- cache ---- */
 
 int qvl__cpu_kv_block_bytes(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes) {
     (void)d;
-    if (type != QVL__F32 && type != QVL__BF16) return qvl__fail(QVL_EUNSUPPORTED, "the KV cache is F32 or BF16");
     if (layers <= 0 || kv_heads <= 0 || head_dim <= 0)
         return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d layers and %d heads of %d", layers, kv_heads, head_dim);
     if (head_dim % 2 || head_dim > QVL__ATTN_MAX_DIM)
@@ -71,28 +75,54 @@ static char *kv_base(const qvl__kv *kv, int layer, int head) {
     return (char *)kv->data + ((size_t)layer * (size_t)kv->kv_heads + (size_t)head) * one;
 }
 
-/* Token t (0..31) of a block. tmp is room for head_dim numbers of 16 bits. */
-static void store_k(const struct qvl__kern *k, qvl__type type, char *block, int t, int dim, const float *x, int n,
-    uint16_t *tmp) {
+/* Room for one token's key or value in the type of the cache. */
+typedef struct {
+    uint16_t h[QVL__ATTN_MAX_DIM + 1];
+    int8_t q[QVL__ATTN_MAX_DIM];
+    float scale; /* I8 */
+} token;
+
+/* x in the type of the cache. */
+static const void *convert(const struct qvl__kern *k, qvl__type type, token *t, const float *x, int n) {
+    t->scale = 0;
+    if (type == QVL__F32) return x;
+    if (type == QVL__I8) {
+        t->scale = k->quantize(t->q, x, n);
+        return t->q;
+    }
+    k->narrow(type, t->h, x, n);
+    return t->h;
+}
+
+/* Token number t (0..31) of a block: converted numbers, n of them. */
+static void store_k(qvl__type type, char *block, int t, int dim, const void *x, float scale, int n) {
+    size_t at = (size_t)(t / 16) * (size_t)dim * 16 + t % 16; /* its column in its panel */
     if (type == QVL__F32) {
-        float *p = (float *)(void *)block + (size_t)(t / 16) * (size_t)dim * 16 + t % 16;
-        for (int i = 0; i < n; i++) p[(size_t)i * 16] = x[i];
+        float *p = (float *)(void *)block + at;
+        for (int i = 0; i < n; i++) p[(size_t)i * 16] = ((const float *)x)[i];
+    } else if (type == QVL__I8) {
+        int8_t *p = (int8_t *)block + at;
+        for (int i = 0; i < n; i++) p[(size_t)i * 16] = ((const int8_t *)x)[i];
+        ((float *)(void *)(block + panels_bytes(type, dim)))[t] = scale;
+    } else if (type == QVL__F16) {
+        uint16_t *p = (uint16_t *)(void *)block + at;
+        for (int i = 0; i < n; i++) p[(size_t)i * 16] = ((const uint16_t *)x)[i];
     } else {
-        uint16_t *p = (uint16_t *)(void *)block + (size_t)(t / 16) * (size_t)dim * 16 + t % 16 * 2;
-        k->narrow(tmp, x, n);
-        for (int i = 0; i < n; i++) p[(size_t)(i / 2) * 32 + i % 2] = tmp[i];
+        uint16_t *p = (uint16_t *)(void *)block + at + t % 16;
+        for (int i = 0; i < n; i++) p[(size_t)(i / 2) * 32 + i % 2] = ((const uint16_t *)x)[i];
     }
 }
 
-static void store_v(const struct qvl__kern *k, qvl__type type, char *block, int t, const float *x, int n, uint16_t *tmp) {
-    if (type == QVL__F32) {
-        float *p = (float *)(void *)block + (size_t)t * 16;
-        for (int i = 0; i < n; i += 16) memcpy(p + (size_t)i * BLOCK, x + i, (size_t)(n - i < 16 ? n - i : 16) * sizeof(float));
-    } else {
+static void store_v(qvl__type type, char *block, int t, int dim, const void *x, float scale, int n) {
+    size_t size = qvl__type_size(type);
+    if (type == QVL__BF16) {
         uint16_t *p = (uint16_t *)(void *)block + (size_t)(t / 2) * 32 + t % 2;
-        k->narrow(tmp, x, n);
-        for (int i = 0; i < n; i++) p[(size_t)(i / 16) * BLOCK * 16 + i % 16 * 2] = tmp[i];
+        for (int i = 0; i < n; i++) p[(size_t)(i / 16) * BLOCK * 16 + i % 16 * 2] = ((const uint16_t *)x)[i];
+        return;
     }
+    for (int i = 0; i < n; i += 16)
+        memcpy(block + ((size_t)i * BLOCK + (size_t)t * 16) * size, (const char *)x + (size_t)i * size, (size_t)(n - i < 16 ? n - i : 16) * size);
+    if (type == QVL__I8) ((float *)(void *)(block + panels_bytes(type, dim)))[t] = scale;
 }
 
 typedef struct {
@@ -113,7 +143,7 @@ static void write_task(void *ctx, int task, int worker) {
     const qvl__kv *kv = j->kv;
     int n = kv->head_dim, dim = padded(n);
     size_t ld = (size_t)(j->heads + 2 * kv->kv_heads) * (size_t)n;
-    uint16_t tmp[QVL__ATTN_MAX_DIM];
+    token t;
     for (int r = qvl__cpu_cut(j->b->rows, task, j->tasks); r < qvl__cpu_cut(j->b->rows, task + 1, j->tasks); r++) {
         float *x = j->qkv + (size_t)r * ld;
         const float *cos = j->cos + (size_t)r * (size_t)(n / 2), *sin = j->sin + (size_t)r * (size_t)(n / 2);
@@ -127,8 +157,10 @@ static void write_task(void *ctx, int task, int worker) {
         for (int h = 0; h < kv->kv_heads; h++) {
             char *to = kv_base(kv, j->layer, h) + block * kv->block_bytes;
             const float *key = x + (size_t)(j->heads + h) * (size_t)n;
-            store_k(j->k, kv->type, to, pos % BLOCK, dim, key, n, tmp);
-            store_v(j->k, kv->type, to + half_bytes(kv->type, dim), pos % BLOCK, key + (size_t)kv->kv_heads * (size_t)n, n, tmp);
+            const void *c = convert(j->k, kv->type, &t, key, n);
+            store_k(kv->type, to, pos % BLOCK, dim, c, t.scale, n);
+            c = convert(j->k, kv->type, &t, key + (size_t)kv->kv_heads * (size_t)n, n);
+            store_v(kv->type, to + half_bytes(kv->type, dim), pos % BLOCK, dim, c, t.scale, n);
         }
     }
 }
@@ -197,8 +229,13 @@ static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
         qvl__type type = ks->type;
         const void *kp = ks->base + (size_t)(ks->table ? ks->table[b] : b) * ks->block_bytes;
         const void *vp = (const char *)kp + half_bytes(type, ks->dim);
+        const float *k_scale = NULL, *v_scale = NULL;
+        if (type == QVL__I8) {
+            k_scale = (const float *)(const void *)((const char *)kp + panels_bytes(type, ks->dim));
+            v_scale = (const float *)(const void *)((const char *)vp + panels_bytes(type, ks->dim));
+        }
         if (type != QVL__F32 && t->rows - first > k->mr) { /* worth converting once for all tiles: exact, so no bit changes */
-            k->widen(type, t->wide_k, kp, 2 * ks->dim);
+            k->widen(type, t->wide_k, kp, BLOCK / QVL__PANEL * ks->dim);
             k->widen(type, t->wide_v, vp, ks->dim / QVL__PANEL * BLOCK);
             type = QVL__F32;
             kp = t->wide_k;
@@ -209,11 +246,14 @@ static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
             next = ks->base + (size_t)(ks->table ? ks->table[b + 1] : b + 1) * ks->block_bytes;
         if (next) prefetch(next, half_bytes(ks->type, ks->dim));
         size_t k_panel = dim * QVL__PANEL * qvl__type_size(type), v_panel = (size_t)BLOCK * QVL__PANEL * qvl__type_size(type);
-        k->gemm(type, t->s + (size_t)first * BLOCK, BLOCK, t->q + (size_t)first * dim, dim, kp, k_panel, t->rows - first, 2,
+        k->gemm(type, t->s + (size_t)first * BLOCK, BLOCK, t->q + (size_t)first * dim, dim, kp, k_panel, t->rows - first, BLOCK / QVL__PANEL,
                 ks->head_dim, false);
-        for (int r = first; r < t->rows; r++)
-            k->softmax_step(t->s + (size_t)r * BLOCK, row_keys(t, r, b), scale, &t->max[r], &t->sum[r],
-                t->o + (size_t)r * dim, ks->dim);
+        for (int r = first; r < t->rows; r++) {
+            float *s = t->s + (size_t)r * BLOCK;
+            if (k_scale) k->scale(s, k_scale, BLOCK);
+            k->softmax_step(s, row_keys(t, r, b), scale, &t->max[r], &t->sum[r], t->o + (size_t)r * dim, ks->dim);
+            if (v_scale) k->scale(s, v_scale, BLOCK); /* past the row's own keys nobody looks */
+        }
         if (next) prefetch(next + half_bytes(ks->type, ks->dim), half_bytes(ks->type, ks->dim));
         for (int r = first, end; r < t->rows; r = end) { /* rows that see equally many keys go together */
             int n = row_keys(t, r, b);
@@ -318,8 +358,8 @@ static void full_pack(void *ctx, int task, int worker) {
         char *block = packed + (size_t)(t / BLOCK) * 2 * half;
         if (t % BLOCK == 0) memset(block, 0, 2 * half);
         const float *key = base + (size_t)t * ld + (size_t)j->heads * (size_t)n;
-        store_k(NULL, QVL__F32, block, t % BLOCK, j->dim, key, n, NULL);
-        store_v(NULL, QVL__F32, block + half, t % BLOCK, key + (size_t)j->heads * (size_t)n, n, NULL);
+        store_k(QVL__F32, block, t % BLOCK, j->dim, key, 0, n);
+        store_v(QVL__F32, block + half, t % BLOCK, j->dim, key + (size_t)j->heads * (size_t)n, 0, n);
     }
 }
 

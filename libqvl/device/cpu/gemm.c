@@ -51,7 +51,7 @@ static void accumulate(const job *j, float *scratch, int r0, int rows, int p0, i
             int n = k - k0 < block ? k - k0 : block;
             uint32_t *pairs = (uint32_t *)(void *)a;
             for (int r = 0; r < rows; r++)
-                kern->narrow((uint16_t *)(void *)(pairs + (size_t)r * lda), x + (size_t)r * (size_t)k + k0, n);
+                kern->narrow(QVL__BF16, (uint16_t *)(void *)(pairs + (size_t)r * lda), x + (size_t)r * (size_t)k + k0, n);
             kern->gemm_dot(acc, ldc, pairs, lda, panels + (size_t)k0 * QVL__PANEL * 2, panel_bytes, rows, count, (n + 1) / 2,
                 k0 > 0);
         }

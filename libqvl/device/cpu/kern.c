@@ -62,7 +62,9 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
             for (int j = 0; j < np * VP; j++) {
                 const char *q = b + (size_t)(j / VP) * bs;
                 size_t at = (size_t)p * PANEL + (size_t)(j % VP * W);
-                x[j] = type == QVL__F16 ? vload_f16((const uint16_t *)(const void *)q + at) : vload((const float *)(const void *)q + at);
+                x[j] = type == QVL__F16  ? vload_f16((const uint16_t *)(const void *)q + at)
+                       : type == QVL__I8 ? vload_i8((const int8_t *)(const void *)q + at)
+                                         : vload((const float *)(const void *)q + at);
             }
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++) {
@@ -83,7 +85,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
                                      bool resume) {                                                                    \
         tile(QVL__##T, M, N, c, ldc, a, lda, b, bs, k, resume);                                                        \
     }
-#define TILES(M, N) TILE(F32, M, N) TILE(BF16, M, N) TILE(F16, M, N)
+#define TILES(M, N) TILE(F32, M, N) TILE(BF16, M, N) TILE(F16, M, N) TILE(I8, M, N)
 /* The widths a row count comes in: its own and the halves of it, for the panels that are left over. */
 #if W == 16
 #define WIDTHS1(X) X(1, 8) X(1, 4) X(1, 2) X(1, 1)
@@ -108,8 +110,9 @@ ALL_WIDTHS(TILES)
 #define ENTRY(M, N)                             \
     [QVL__F32][M][N] = tile_F32_##M##_##N,   \
     [QVL__BF16][M][N] = tile_BF16_##M##_##N, \
-    [QVL__F16][M][N] = tile_F16_##M##_##N,
-static tile_fn *const tiles[3][MR + 1][9] = {ALL_WIDTHS(ENTRY)};
+    [QVL__F16][M][N] = tile_F16_##M##_##N,   \
+    [QVL__I8][M][N] = tile_I8_##M##_##N,
+static tile_fn *const tiles[4][MR + 1][9] = {ALL_WIDTHS(ENTRY)};
 
 static int widest(int mr) { return mr == 1 ? NP1 : mr <= 3 ? NP2 : NP4; }
 
@@ -188,6 +191,10 @@ static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const 
 
 static void widen(qvl__type type, float *dst, const void *panel, int k) {
     const uint16_t *src = panel;
+    if (type == QVL__I8) {
+        for (size_t i = 0; i < (size_t)k * PANEL; i += W) vstore(dst + i, vload_i8((const int8_t *)panel + i));
+        return;
+    }
     if (type == QVL__F16) {
         for (size_t i = 0; i < (size_t)k * PANEL; i += W) vstore(dst + i, vload_f16(src + i));
         return;
@@ -204,9 +211,39 @@ static void widen(qvl__type type, float *dst, const void *panel, int k) {
             vstore(dst + (size_t)p * PANEL + j, vpair_even(vload_pairs(src + (size_t)p * PANEL + 2 * j)));
 }
 
-static void narrow(uint16_t *dst, const float *src, int n) {
-    for (int i = 0; i < n; i++) dst[i] = to_bf16(src[i]);
+static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
+    if (type == QVL__F16)
+        for (int i = 0; i < n; i++) dst[i] = to_f16(src[i]);
+    else
+        for (int i = 0; i < n; i++) dst[i] = to_bf16(src[i]);
     if (n & 1) dst[n] = 0;
+}
+
+/* Symmetric, 127 steps to the largest. A number that is not finite makes the scale NaN, so that nothing hides it. */
+static float quantize(int8_t *dst, const float *src, int n) {
+    float max = 0;
+    bool finite = true;
+    for (int i = 0; i < n; i++) {
+        float a = fabsf(src[i]);
+        finite = finite && a <= 3.4028234e38f;
+        max = a > max ? a : max;
+    }
+    float inverse = finite && max > 0 ? 127.0f / max : 0;
+    if (inverse > 3.4028234e38f) inverse = 0; /* so small that 127 / max is no float: all zero */
+    for (int i = 0; i < n; i += W) {
+        float t[W] = {0};
+        for (int j = 0; j < W && i + j < n; j++) t[j] = src[i + j] * inverse;
+        if (!finite) memset(t, 0, sizeof t);
+        vstore(t, vround(vload(t)));
+        for (int j = 0; j < W && i + j < n; j++) dst[i + j] = (int8_t)t[j];
+    }
+    return !finite ? NAN : inverse > 0 ? max / 127.0f : 0;
+}
+
+static void scale(float *y, const float *w, int n) {
+    int i = 0;
+    for (; i + W <= n; i += W) vstore(y + i, vmul(vload(y + i), vload(w + i)));
+    for (; i < n; i++) y[i] *= w[i];
 }
 
 /* ---- functions of one number ---- */
@@ -429,6 +466,8 @@ int ISA_INIT(struct qvl__kern *k) {
 #endif
         .widen = widen,
         .narrow = narrow,
+        .quantize = quantize,
+        .scale = scale,
         .epilogue = epilogue,
         .softmax_step = softmax_step,
         .divide = divide,

@@ -27,10 +27,15 @@ struct qvl__kern {
     /* The same with bf16 products: a is pairs of bf16 (lda counts pairs), panels are BF16. NULL where there are none. */
     void (*gemm_dot)(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume);
-    /* k rows of a F16 or BF16 panel as floats [k][16]. */
+    /* k rows of a F16, BF16 or I8 panel as floats [k][16]; exact. */
     void (*widen)(qvl__type type, float *dst, const void *panel, int k);
-    /* n floats as bf16, rounded to nearest even, and a zero after an odd last one. */
-    void (*narrow)(uint16_t *dst, const float *src, int n);
+    /* n floats as BF16 or F16, rounded to nearest even, and a zero after an odd last one. */
+    void (*narrow)(qvl__type type, uint16_t *dst, const float *src, int n);
+    /* n floats as integers of -127..127, rounded to nearest even; returns the scale that brings them back: NaN when one
+     * of them is not finite. */
+    float (*quantize)(int8_t *dst, const float *src, int n);
+    /* y[i] *= w[i] */
+    void (*scale)(float *y, const float *w, int n);
 
     /* One row of matmul's result: y[0..n) from the accumulators acc (which hold whole panels). bias may be NULL. For
      * SWIGLU acc is gate panel, up panel, gate panel, ...; n counts outputs and bias2 is the bias of the up half. */

@@ -71,6 +71,9 @@ INLINE vf vpow2(vf n) {
 INLINE vf vif_lt(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 /* 16-bit weights: f16 as stored, bf16 as pairs (even k in the low half) */
 INLINE vf vload_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+INLINE vf vload_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+}
 INLINE vu vload_pairs(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
 INLINE vf vpair_even(vu a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000u))); }
@@ -102,6 +105,9 @@ INLINE vf vpow2(vf n) {
 }
 INLINE vf vif_lt(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 INLINE vf vload_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+INLINE vf vload_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
 INLINE vu vload_pairs(const uint16_t *p) { return _mm512_loadu_si512(p); }
 INLINE vf vpair_even(vu a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000u))); }
@@ -179,6 +185,11 @@ INLINE vf vload_f16(const uint16_t *p) {
     for (int i = 0; i < W; i++) r[i] = f16_to_f32(p[i]);
     return r;
 }
+INLINE vf vload_i8(const int8_t *p) {
+    vf r;
+    for (int i = 0; i < W; i++) r[i] = (float)p[i];
+    return r;
+}
 INLINE vu vload_pairs(const uint16_t *p) { return *(const vu *)(const void *)p; }
 INLINE vf vpair_even(vu a) { return (vf)(a << 16); }
 INLINE vf vpair_odd(vu a) { return (vf)(a & 0xffff0000u); }
@@ -244,6 +255,24 @@ INLINE uint16_t to_bf16(float x) {
     memcpy(&u, &x, 4);
     if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40);
     return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+
+/* f16 of x, rounded to nearest even: from 65520 on infinity, below 2^-24 / 2 zero; a NaN stays a (quiet) NaN. */
+INLINE uint16_t to_f16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    uint32_t sign = u >> 16 & 0x8000, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
+    if (a < 0x38800000u) { /* subnormal: adding 2^-1 moves the bits that stay to the end of the mantissa, and rounds */
+        float f;
+        memcpy(&f, &a, 4);
+        f += 0.5f;
+        memcpy(&a, &f, 4);
+        return (uint16_t)(sign | (a - 0x3f000000u));
+    }
+    a += 0xfffu + (a >> 13 & 1);
+    return (uint16_t)(sign | (a - 0x38000000u) >> 13);
 }
 
 #endif
