@@ -357,7 +357,9 @@ public:
     bool is_token() const noexcept { return qvl_event_type(v_) == QVL_EVENT_TOKEN; }
     bool is_finished() const noexcept { return qvl_event_type(v_) == QVL_EVENT_FINISHED; }
     bool is_error() const noexcept { return qvl_event_type(v_) == QVL_EVENT_ERROR; }
+    bool is_prompt() const noexcept { return qvl_event_type(v_) == QVL_EVENT_PROMPT; }
     std::uint64_t request() const noexcept { return qvl_event_request(v_); }
+    int choice() const noexcept { return qvl_event_choice(v_); }
     std::int32_t token() const noexcept { return qvl_event_token(v_); } // -1: none
     std::string_view text() const noexcept {
         std::size_t n = 0;
@@ -408,6 +410,12 @@ public:
         std::vector<event> events;
         for (int i = 0, n = check(qvl_engine_step(get(), timeout_ms)); i < n; i++) events.emplace_back(qvl_engine_event(get(), i));
         return events;
+    }
+    void configure(const options &o) { check(qvl_engine_configure(get(), o.get())); }
+    static std::string plan(const model &m, const options *o = nullptr) { // a JSON object
+        char *json = nullptr;
+        check(qvl_engine_plan(m.get(), detail::raw(o), &json));
+        return detail::take_string(json);
     }
     std::string stats() const { // a JSON object
         char *json = nullptr;

@@ -63,12 +63,15 @@
     X(void, qvl_engine_free, (qvl_engine *)) \
     X(int, qvl_engine_submit, (qvl_engine *, const qvl_prompt *, const qvl_options *, uint64_t *)) \
     X(int, qvl_engine_cancel, (qvl_engine *, uint64_t)) \
+    X(int, qvl_engine_plan, (const qvl_model *, const qvl_options *, char **)) \
+    X(int, qvl_engine_configure, (qvl_engine *, const qvl_options *)) \
     X(int, qvl_engine_wake, (qvl_engine *)) \
     X(int, qvl_engine_step, (qvl_engine *, int)) \
     X(const qvl_event *, qvl_engine_event, (const qvl_engine *, int)) \
     X(int, qvl_engine_stats, (const qvl_engine *, char **)) \
     X(int, qvl_event_type, (const qvl_event *)) \
     X(uint64_t, qvl_event_request, (const qvl_event *)) \
+    X(int, qvl_event_choice, (const qvl_event *)) \
     X(int32_t, qvl_event_token, (const qvl_event *)) \
     X(const char *, qvl_event_text, (const qvl_event *, size_t *)) \
     X(const char *, qvl_event_finish_reason, (const qvl_event *)) \

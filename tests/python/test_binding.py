@@ -367,7 +367,7 @@ def test_completion(model):
     prompt = model.prompt(user(PHOTO, "What?"))
     assert got.usage == {"prompt_tokens": len(prompt), "completion_tokens": 12, "image_tokens": 80,
                          "total_tokens": len(prompt) + 12}
-    assert set(got.timings) == {"queue_ms", "vision_ms", "ttft_ms", "total_ms"}
+    assert set(got.timings) == {"queue_ms", "vision_ms", "prefill_ms", "decode_ms", "ttft_ms", "total_ms"}
     assert 0 <= got.timings["queue_ms"] <= got.timings["ttft_ms"] <= got.timings["total_ms"] and got.timings["vision_ms"] > 0
     assert got.text == model.decode_tokens(got.tokens, skip_special=True)
 

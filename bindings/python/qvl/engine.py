@@ -21,10 +21,11 @@ from ._lib import Handle, Options, check, copy_array, lib, take_text
 if TYPE_CHECKING:
     from .model import Model, Prompt
 
-_TYPES = {1: "token", 2: "finished", 3: "error"}
+_TYPES = {1: "token", 2: "finished", 3: "error", 4: "prompt"}
 _USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "image_tokens": 3, "queue_ms": 4, "vision_ms": 5, "ttft_ms": 6,
-          "total_ms": 7, "cached_tokens": 8}
-_COUNTS = ("prompt_tokens", "completion_tokens", "image_tokens", "cached_tokens")
+          "total_ms": 7, "cached_tokens": 8, "prefill_ms": 9, "decode_ms": 10, "speculated_tokens": 11, "images": 12,
+          "images_cached": 13}
+_COUNTS = ("prompt_tokens", "completion_tokens", "image_tokens", "cached_tokens", "speculated_tokens", "images", "images_cached")
 _SLICE = 0.1  # seconds that C may wait before Python looks for signals
 
 
@@ -38,19 +39,20 @@ class EventError(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One thing that happened to a request. `type` is "token", "finished" (the last event of a request) or "error" (the
-    last event of a request that failed; the engine goes on)."""
+    """One thing that happened to a request. `type` is "token", "finished" (the last event of a choice), "error" (the last
+    event of a choice that failed; the engine goes on) or "prompt" (a prompt token, with option prompt_logprobs)."""
     request: int                                             # as submit returned it
     type: str
-    token: Optional[int] = None                              # id, of token events
+    token: Optional[int] = None                              # id, of token and prompt events
     text: str = ""                                           # what became whole with this event: never half a character
-    finish_reason: Optional[str] = None                      # "stop", "length", "cancelled"; of finished events
+    finish_reason: Optional[str] = None                      # "stop", "length", "cancelled", "deadline"; of finished events
     error: Optional[EventError] = None
     logprob: Optional[float] = None                          # of the token, with option logprobs
     top_logprobs: Optional[List[Tuple[int, float]]] = None   # (token, logprob), best first
     logits: Optional[np.ndarray] = None                      # float32[vocab], with option return_logits
     usage: Optional[Dict[str, Any]] = None                   # tokens and milliseconds, of the last event
     reasoning: str = ""                                      # Model.chat(stream=True) with a thinking model only
+    choice: int = 0                                          # which of the answers that option n asked for
 
 
 def _read_event(pointer: int) -> Event:
@@ -58,33 +60,35 @@ def _read_event(pointer: int) -> Event:
     size = C.c_size_t()
     address = lib.qvl_event_text(pointer, C.byref(size))
     text = C.string_at(address, size.value).decode("utf-8", "replace") if size.value else ""
-    request = lib.qvl_event_request(pointer)
-    if kind == "token":
+    request, choice = lib.qvl_event_request(pointer), lib.qvl_event_choice(pointer)
+    if kind in ("token", "prompt"):
         logprob, top = lib.qvl_event_logprob(pointer), None
-        if not math.isnan(logprob):
+        if not math.isnan(logprob):  # neither wanted, nor the first token of a prompt
             ids, values = C.c_void_p(), C.c_void_p()
             n = lib.qvl_event_top_logprobs(pointer, C.byref(ids), C.byref(values))
             top = list(zip(copy_array(ids.value, (n,), np.int32).tolist(), copy_array(values.value, (n,), np.float32).tolist()))
         address = lib.qvl_event_logits(pointer, C.byref(size))
         logits = copy_array(address, (size.value,), np.float32) if address else None
         return Event(request, kind, lib.qvl_event_token(pointer), text, logprob=None if math.isnan(logprob) else logprob,
-                     top_logprobs=top, logits=logits)
+                     top_logprobs=top, logits=logits, choice=choice)
     usage = {name: lib.qvl_event_usage(pointer, what) for name, what in _USAGE.items()}
     usage = {k: None if math.isnan(v) else int(v) if k in _COUNTS else v for k, v in usage.items()}
     if kind == "finished":
-        return Event(request, kind, text=text, finish_reason=lib.qvl_event_finish_reason(pointer).decode(), usage=usage)
+        return Event(request, kind, text=text, finish_reason=lib.qvl_event_finish_reason(pointer).decode(), usage=usage,
+                     choice=choice)
     message = C.c_char_p()
     code = lib.qvl_event_error(pointer, C.byref(message))
-    return Event(request, kind, text=text, error=EventError(code, (message.value or b"").decode("utf-8", "replace")), usage=usage)
+    return Event(request, kind, text=text, error=EventError(code, (message.value or b"").decode("utf-8", "replace")), usage=usage,
+                 choice=choice)
 
 
 class Engine(Handle):
     """Runs requests of one model together (continuous batching over a paged KV cache). A request gets the same tokens
     whatever else runs beside it.
 
-    Options: max_requests, max_context, max_batched_tokens, kv_blocks (of 32 tokens), kv_dtype ("auto", "f32", "bf16"),
-    prefix_cache (True: blocks of prompts that begin alike are shared).
-    All memory is taken here. Threads: the thread that first calls step owns stepping (another one gets Error
+    Options: max_requests, max_context, max_batched_tokens, kv_blocks (of 32 tokens), kv_dtype ("auto", "f32", "bf16", "f16",
+    "int8"), prefix_cache (True: prompts that begin alike are computed once), step_ms, embedding_cache, max_image_tokens.
+    All memory is taken here (Model.plan tells how much beforehand). Threads: the thread that first calls step owns stepping (another one gets Error
     QVL_EMISUSE); submit, cancel, wake and stats may be called from any thread.
 
         engine = qvl.Engine(model)
@@ -107,7 +111,8 @@ class Engine(Handle):
     def submit(self, prompt: "Union[Prompt, Sequence[int]]", **sampling: Any) -> int:
         """Queues a request and returns its number. `prompt` is a Prompt or a list of token ids. Options: max_tokens,
         min_tokens, temperature (0 is greedy), top_p, top_k, min_p, seed, stop, stop_token_ids, logit_bias, logprobs,
-        return_logits, ignore_eos and the penalties; unset ones come from generation_config.json. Raises Error
+        return_logits, ignore_eos, n (several answers: see Event.choice), priority, deadline_ms, speculate, prompt_logprobs
+        and the penalties; unset ones come from generation_config.json. Raises Error
         QVL_ECONTEXT when it can never fit, QVL_EINVAL for a wrong option."""
         from .model import Prompt
         if not isinstance(prompt, Prompt):
@@ -120,6 +125,12 @@ class Engine(Handle):
     def cancel(self, request: int) -> bool:
         """Ends a request: its "finished" event with reason "cancelled" comes with the next step. True when it was alive."""
         return 0 <= request < 2**64 and check(lib.qvl_engine_cancel(self, request)) == 1
+
+    def configure(self, **options: Any) -> None:
+        """Changes max_requests, max_batched_tokens (both at most what the engine was made with), step_ms and
+        embedding_cache from the next step on."""
+        with Options(options) as o:
+            check(lib.qvl_engine_configure(self, o))
 
     def wake(self) -> None:
         """Makes a waiting step return (with no events)."""

@@ -113,8 +113,9 @@ class Completion(NamedTuple):
     finish_reason: str                       # "stop" or "length"
     usage: Dict[str, int]                    # prompt_tokens, completion_tokens, total_tokens, image_tokens
     logprobs: Optional[List[TokenLogprob]]   # one for each token, with option logprobs
-    timings: Dict[str, Optional[float]]      # milliseconds: queue_ms, vision_ms, ttft_ms, total_ms
+    timings: Dict[str, Optional[float]]      # milliseconds: queue_ms, vision_ms, prefill_ms, decode_ms, ttft_ms, total_ms
     logits: Optional[np.ndarray] = None      # float32[tokens, vocab], with option return_logits
+    prompt_logprobs: Optional[List[Optional[TokenLogprob]]] = None  # of every prompt token but the first (None)
 
 
 class Stream(Iterator[Event]):
@@ -132,6 +133,7 @@ class Stream(Iterator[Event]):
         self._tokens: List[int] = []
         self._logprobs: List[TokenLogprob] = []
         self._logits: List[np.ndarray] = []
+        self._prompt: List[Optional[TokenLogprob]] = []
         self.completion: Optional[Completion] = None
 
     def __iter__(self) -> "Stream":
@@ -151,6 +153,10 @@ class Stream(Iterator[Event]):
     def _take(self, event: Event) -> Event:
         if event.error is not None:
             raise Error(*event.error)
+        if event.type == "prompt":
+            known = event.logprob is not None
+            self._prompt.append(TokenLogprob(event.token, event.logprob, event.top_logprobs or []) if known else None)
+            return event
         reasoning, text = self._splitter.feed(event.text)
         if event.type == "finished":
             more = self._splitter.end()
@@ -174,7 +180,7 @@ class Stream(Iterator[Event]):
         self.completion = Completion(
             "".join(self._text), "".join(self._reasoning) if self._thinking else None, self._tokens, event.finish_reason or "",
             usage, self._logprobs or None, {k: v for k, v in figures.items() if k.endswith("_ms")},
-            np.stack(self._logits) if self._logits else None)
+            np.stack(self._logits) if self._logits else None, self._prompt or None)
         self.close()
 
     def close(self) -> None:
@@ -242,6 +248,14 @@ class Model(Handle):
     def tokenizer(self) -> Tokenizer:
         """The model's own tokenizer."""
         return Tokenizer._borrow(self)
+
+    def plan(self, **options: Any) -> Dict[str, Any]:
+        """What an Engine with these options would take: bytes of weights, kv, workspace, vision and their total, and the
+        sizes behind them. Nothing is taken."""
+        text = C.c_void_p()
+        with Options(options) as o:
+            check(lib.qvl_engine_plan(self, o, C.byref(text)))
+        return json.loads(take_text(text))
 
     def encode_text(self, text: str, parse_special: bool = False) -> List[int]:
         """As Tokenizer.encode_text."""
@@ -321,7 +335,9 @@ class Model(Handle):
 
         Options: those of prompt, Engine and Engine.submit (max_tokens, temperature, top_p, top_k, min_p, seed, stop,
         logprobs, ...). Each call has an engine of its own, so it can be made from any thread and is ended by any exception.
-        For many answers at once use Engine."""
+        For many answers at once (and option n) use Engine."""
+        if int(options.get("n") or 1) != 1:
+            raise Error(-1, "option n: Model.chat gives one answer; use Engine.submit for more")
         prompt = self.prompt(messages, images, tools, **options)
         room = len(prompt) + int(options.get("max_tokens") or _default_max_tokens())
         size = {"max_requests": 1, "max_context": min(room, self.info["max_context"])}
