@@ -187,7 +187,7 @@ static bool decodes(const qvl__request *r) { return r->generated > 0 && r->cache
 static int prefill_left(const qvl__request *r) {
     const qvl_prompt *p = r->prompt;
     int end = qvl__request_tokens(r);
-    if (r->cached == end || decodes(r)) return 0;
+    if (r->cached >= end || decodes(r)) return 0; /* it decodes in this step, or will */
     if (r->ready == p->n_visuals) return end - r->cached;
     for (int i = 0; i < p->n_runs; i++)
         if (p->runs[i].visual == r->ready) {

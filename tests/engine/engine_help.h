@@ -4,6 +4,7 @@
 
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -62,12 +63,14 @@ static inline qvl_image *picture(uint64_t seed) {
     return im;
 }
 
-/* Prompt number seed: text of some length, in a third of them one or two pictures. */
+/* Prompt number seed: text of some length, in a third of them one or two pictures; two of three go on from one of three
+ * beginnings, which end anywhere in a KV block. */
 static inline qvl_prompt *prompt(qvl_model *m, uint64_t seed) {
     static const char *const words[] = {"describe", "the", "colour", "two", "circle", "where", "is", "a", "left", "why", "\\n", "number", "42", "请", "fox"};
     char text[4096], messages[6000];
     size_t n = 0;
-    uint64_t s = seed * 77 + 1;
+    uint64_t s = seed * 77 + 1, beginning = seed % 3;
+    for (int k = beginning ? 20 + (int)(rnd(&beginning) % 60) : 0; k > 0; k--) n += (size_t)snprintf(text + n, sizeof text - n, "%s ", words[rnd(&beginning) % 15]);
     for (int k = (int)(rnd(&s) % 60) + 1; k > 0; k--) n += (size_t)snprintf(text + n, sizeof text - n, "%s ", words[rnd(&s) % 15]);
     int images = rnd(&s) % 3 == 0 ? 1 + (int)(rnd(&s) % 2) : 0;
     qvl_media *media;
@@ -77,8 +80,10 @@ static inline qvl_prompt *prompt(qvl_model *m, uint64_t seed) {
         OK(qvl_media_add_image(media, im));
         qvl_image_free(im);
     }
-    snprintf(messages, sizeof messages, "[{\"role\":\"user\",\"content\":[%s%s{\"type\":\"text\",\"text\":\"%s\"}]}]", images > 0 ? "{\"type\":\"image\"}," : "",
-             images > 1 ? "{\"type\":\"image\"}," : "", text);
+    bool last = rnd(&s) % 2; /* pictures before the text, or behind it */
+    const char *pictures = images == 2 ? "{\"type\":\"image\"},{\"type\":\"image\"}," : images ? "{\"type\":\"image\"}," : "";
+    snprintf(messages, sizeof messages, "[{\"role\":\"user\",\"content\":[%s{\"type\":\"text\",\"text\":\"%s\"},%s{\"type\":\"text\",\"text\":\"?\"}]}]",
+             last ? "" : pictures, text, last ? pictures : "");
     qvl_prompt *p;
     OK(qvl_prompt_new(&p, m, messages, NULL, media, NULL));
     qvl_media_free(media);
@@ -126,6 +131,7 @@ static inline qvl_options *sampling(uint64_t seed) {
     qvl_options *o = options("seed", number, "ignore_eos", "true", "return_logits", "true", "temperature", rnd(&s) % 2 ? "0" : "0.9", NULL);
     if (rnd(&s) % 3 == 0) OK(qvl_options_set(o, "repetition_penalty", "1.2"));
     if (rnd(&s) % 3 == 0) OK(qvl_options_set(o, "presence_penalty", "0.5"));
+    if (rnd(&s) % 3 == 0) OK(qvl_options_set(o, "logit_bias", "{\"300\": 60, \"301\": 60, \"302\": 60}")); /* says the same again and again: guesses come true */
     OK(qvl_options_set_i64(o, "max_tokens", rnd(&s) % 4 ? 1 + (int64_t)(rnd(&s) % 12) : 64));
     return o;
 }

@@ -1,33 +1,68 @@
 /* test_engine.c - nobody can tell from an answer that others were there.
  *
- * Random schedules (arrivals, cancels, chunk sizes, thread counts, shared pictures) against the same requests run
- * alone: tokens, text and every bit of every logit. Then eight threads at once, for ThreadSanitizer.
- * QVL_TEST_SEED replays a schedule; QVL_TEST_REQUESTS sets how many requests run.
+ * Random schedules (arrivals, cancels, priorities, choices, guesses, chunk sizes, limits that change, tiny block pools,
+ * thread counts, shared beginnings and pictures, KV types) against the same requests run alone: tokens, text and every bit
+ * of every logit. After each: no block lost, no reference left, and no memory was taken during a step. Then eight threads
+ * at once, for ThreadSanitizer. QVL_TEST_SEED replays a schedule; QVL_TEST_REQUESTS sets how many requests run.
  */
 #include "engine_help.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 
-#define KINDS 24 /* different prompts */
+#include "../../libqvl/engine/engine.h"
 
-static answer alone[KINDS];
+#define KINDS 24  /* different prompts */
+#define CHOICES 3 /* of a request, at most */
 
-static void run_alone(qvl_model *m) {
-    for (int k = 0; k < KINDS; k++) {
-        qvl_options *eo = options("max_requests", "1", "max_context", "512", NULL), *so = sampling((uint64_t)k);
+/* ---- memory that steps take ---- */
+
+static _Thread_local bool stepping;
+static atomic_long taken;
+
+static void *count_malloc(void *ud, size_t n) {
+    (void)ud;
+    if (stepping) atomic_fetch_add(&taken, 1);
+    return malloc(n);
+}
+static void *count_realloc(void *ud, void *p, size_t n) {
+    (void)ud;
+    if (stepping) atomic_fetch_add(&taken, 1);
+    return realloc(p, n);
+}
+static void count_free(void *ud, void *p) {
+    (void)ud;
+    free(p);
+}
+
+static int step(qvl_engine *e, int timeout_ms) {
+    stepping = true;
+    int n = qvl_engine_step(e, timeout_ms);
+    stepping = false;
+    return n;
+}
+
+/* ---- schedules ---- */
+
+static answer alone[KINDS][CHOICES]; /* by kind and what is added to the seed */
+
+/* Each in an engine of its own that shares nothing and guesses nothing. */
+static void run_alone(qvl_model *m, const char *kv) {
+    memset(alone, 0, sizeof alone);
+    for (int k = 0; k < KINDS * CHOICES; k++) {
+        answer *a = &alone[k / CHOICES][k % CHOICES];
+        qvl_options *eo = options("max_requests", "1", "max_context", "512", "prefix_cache", "false", "kv_dtype", kv, NULL), *so = sampling((uint64_t)(k / CHOICES));
+        OK(qvl_options_set_i64(so, "seed", k / CHOICES + k % CHOICES));
         qvl_engine *e;
         OK(qvl_engine_new(&e, m, eo));
-        qvl_prompt *p = prompt(m, (uint64_t)k);
+        qvl_prompt *p = prompt(m, (uint64_t)(k / CHOICES));
         OK(qvl_engine_submit(e, p, so, NULL));
-        memset(&alone[k], 0, sizeof alone[k]);
-        while (!ended(&alone[k])) {
-            int n = qvl_engine_step(e, 0);
+        while (!ended(a)) {
+            int n = step(e, 0);
             OK(n);
-            for (int i = 0; i < n; i++) take(&alone[k], qvl_engine_event(e, i));
+            for (int i = 0; i < n; i++) take(a, qvl_engine_event(e, i));
         }
-        assert_int_equal(alone[k].error, 0);
-        assert_int_equal(blocks_used(e), 0);
+        assert_int_equal(a->error, 0);
         qvl_prompt_free(p);
         qvl_engine_free(e);
         qvl_options_free(eo);
@@ -37,8 +72,8 @@ static void run_alone(qvl_model *m) {
 
 typedef struct {
     uint64_t id;
-    int kind, cancel_after; /* cancel when it has this many tokens; -1 never */
-    answer a;
+    int kind, choices, cancel_after; /* cancel when choice 0 has this many tokens; -1 never */
+    answer a[CHOICES];
 } slot;
 
 static long stat_of(qvl_engine *e, const char *name) {
@@ -52,28 +87,53 @@ static long stat_of(qvl_engine *e, const char *name) {
     return n;
 }
 
-static void one_schedule(qvl_model *m, qvl_prompt **prompts, uint64_t seed, int requests) {
+/* All blocks are free or kept, and nobody holds one. */
+static void no_block_lost(const qvl_engine *e) {
+    assert_int_equal(e->blocks.n_free + e->blocks.n_kept, e->blocks.total);
+    for (int i = 0; i < e->blocks.total; i++) assert_int_equal(e->blocks.refs[i], 0);
+}
+
+static void send(qvl_engine *e, qvl_prompt **prompts, slot *x, uint64_t *s) {
+    x->kind = (int)(rnd(s) % KINDS);
+    x->cancel_after = rnd(s) % 8 == 0 ? (int)(rnd(s) % 4) : -1;
+    x->choices = rnd(s) % 4 ? 1 : 1 + (int)(rnd(s) % CHOICES);
+    qvl_options *so = sampling((uint64_t)x->kind);
+    OK(qvl_options_set_i64(so, "n", x->choices));
+    OK(qvl_options_set_i64(so, "priority", rnd(s) % 3 ? 0 : (int64_t)(rnd(s) % 5) - 2));
+    OK(qvl_options_set_i64(so, "speculate", rnd(s) % 2 ? 0 : (int64_t)(rnd(s) % 9)));
+    OK(qvl_engine_submit(e, prompts[x->kind], so, &x->id));
+    qvl_options_free(so);
+}
+
+/* Limits move while it runs. */
+static void disturb(qvl_engine *e, uint64_t *s) {
+    qvl_options *o = options("step_ms", (const char *[]){"0", "1", "50", "1000"}[rnd(s) % 4], "embedding_cache",
+                             (const char *[]){"0", "100000", "100000000"}[rnd(s) % 3], NULL);
+    OK(qvl_options_set_i64(o, "max_requests", 1 + (int64_t)(rnd(s) % (uint64_t)e->plan.max_requests)));
+    OK(qvl_options_set_i64(o, "max_batched_tokens", 1 + (int64_t)(rnd(s) % (uint64_t)e->plan.max_batched)));
+    OK(qvl_engine_configure(e, o));
+    qvl_options_free(o);
+}
+
+static void one_schedule(qvl_model *m, qvl_prompt **prompts, const char *kv, uint64_t seed, int requests, long *seen) {
     uint64_t s = seed;
-    char batched[16], most[16], blocks[16];
-    snprintf(batched, sizeof batched, "%d", (int[]){1, 5, 7, 33, 64, 512}[rnd(&s) % 6]);
-    snprintf(most, sizeof most, "%d", 1 + (int)(rnd(&s) % 10));
-    snprintf(blocks, sizeof blocks, "%d", 12 + (int)(rnd(&s) % 40));
-    qvl_options *eo = options("max_requests", most, "max_batched_tokens", batched, "kv_blocks", blocks, "max_context", "512", NULL);
+    qvl_options *eo = options("max_context", "512", "kv_dtype", kv, "prefix_cache", rnd(&s) % 5 ? "true" : "false", NULL);
+    OK(qvl_options_set_i64(eo, "max_batched_tokens", (int[]){1, 5, 7, 33, 64, 512}[rnd(&s) % 6]));
+    OK(qvl_options_set_i64(eo, "max_requests", 1 + (int64_t)(rnd(&s) % 10)));
+    OK(qvl_options_set_i64(eo, "kv_blocks", 16 + (int64_t)(rnd(&s) % 40)));
     qvl_engine *e;
     OK(qvl_engine_new(&e, m, eo));
     slot *slots = calloc((size_t)requests, sizeof *slots);
     assert_non_null(slots);
-    int sent = 0, done = 0;
-    while (done < requests) {
+    int sent = 0, left = 0;
+    long before = atomic_load(&taken);
+    while (sent < requests || left) {
         for (int burst = (int)(rnd(&s) % 4); burst > 0 && sent < requests; burst--) {
-            slot *x = &slots[sent++];
-            x->kind = (int)(rnd(&s) % KINDS);
-            x->cancel_after = rnd(&s) % 8 == 0 ? (int)(rnd(&s) % 4) : -1;
-            qvl_options *so = sampling((uint64_t)x->kind);
-            OK(qvl_engine_submit(e, prompts[x->kind], so, &x->id));
-            qvl_options_free(so);
+            send(e, prompts, &slots[sent], &s);
+            left += slots[sent++].choices;
         }
-        int n = qvl_engine_step(e, 0);
+        if (rnd(&s) % 16 == 0) disturb(e, &s);
+        int n = step(e, 0);
         OK(n);
         for (int i = 0; i < n; i++) {
             const qvl_event *v = qvl_engine_event(e, i);
@@ -81,21 +141,27 @@ static void one_schedule(qvl_model *m, qvl_prompt **prompts, uint64_t seed, int 
             for (int k = 0; k < sent; k++)
                 if (slots[k].id == qvl_event_request(v)) x = &slots[k];
             assert_non_null(x);
-            assert_false(ended(&x->a));
-            take(&x->a, v);
-            if (x->cancel_after >= 0 && x->a.n >= x->cancel_after) qvl_engine_cancel(e, x->id);
-            if (ended(&x->a)) done++;
+            assert_in_range(qvl_event_choice(v), 0, x->choices - 1);
+            answer *a = &x->a[qvl_event_choice(v)];
+            assert_false(ended(a));
+            take(a, v);
+            if (x->cancel_after >= 0 && x->a[0].n >= x->cancel_after) qvl_engine_cancel(e, x->id);
+            left -= ended(a);
         }
     }
-    for (int k = 0; k < requests; k++) {
-        const answer *a = &slots[k].a, *b = &alone[slots[k].kind];
-        if (strcmp(a->reason, "cancelled") == 0) assert_memory_equal(a->tokens, b->tokens, (size_t)a->n * sizeof *a->tokens);
-        else if (!same(a, b))
-            fail_msg("seed %llu (QVL_TEST_SEED): request %d of kind %d differs from the same request alone: %d tokens, %s, error %d",
-                     (unsigned long long)seed, k, slots[k].kind, a->n, a->reason, a->error);
-    }
-    assert_int_equal(qvl_engine_step(e, 0), 0);
-    assert_int_equal(blocks_used(e), 0);
+    assert_int_equal(atomic_load(&taken) - before, 0);
+    for (int k = 0; k < requests; k++)
+        for (int c = 0; c < slots[k].choices; c++) {
+            const answer *a = &slots[k].a[c], *b = &alone[slots[k].kind][c];
+            bool cancelled = strcmp(a->reason, "cancelled") == 0;
+            if (cancelled ? memcmp(a->tokens, b->tokens, (size_t)a->n * sizeof *a->tokens) != 0 : !same(a, b))
+                fail_msg("seed %llu (QVL_TEST_SEED), kv_dtype %s: choice %d of request %d (kind %d) differs from the same alone: %d tokens, %s, error %d",
+                         (unsigned long long)seed, kv, c, k, slots[k].kind, a->n, a->reason, a->error);
+        }
+    assert_int_equal(step(e, 0), 0);
+    no_block_lost(e);
+    static const char *const counters[] = {"prefix_tokens", "preempted", "speculated_tokens", "images_encoded"};
+    for (int i = 0; i < 4; i++) seen[i] += stat_of(e, counters[i]);
     free(slots);
     qvl_engine_free(e);
     qvl_options_free(eo);
@@ -104,23 +170,26 @@ static void one_schedule(qvl_model *m, qvl_prompt **prompts, uint64_t seed, int 
 static void schedules(void **state) {
     (void)state;
     const char *replay = getenv("QVL_TEST_SEED"), *many = getenv("QVL_TEST_REQUESTS");
-    int per = 40, rounds = (many ? atoi(many) : 480) / per;
-    static const char *const threads[] = {"1", "2", "3"}, *const dtypes[] = {"auto", "f32", "auto"};
-    for (int t = 0; t < 3; t++) {
-        qvl_model *m = load(threads[t], dtypes[t]);
-        if (t < 2) run_alone(m); /* threads 3 is compared with threads 1: same dtype, same bits */
-        qvl_model *first = NULL;
-        if (t == 2) {
-            first = load("1", "auto");
-            run_alone(first);
-        }
+    int per = 40, rounds = (many ? atoi(many) : 2000) / per;
+    static const struct {
+        const char *threads, *dtype, *kv;
+    } sets[] = {{"1", "auto", "bf16"}, {"3", "auto", "bf16"}, {"2", "f32", "f32"}, {"2", "auto", "int8"}};
+    long seen[4] = {0};
+    for (int t = 0; t < 4; t++) {
+        qvl_model *m = load(sets[t].threads, sets[t].dtype);
+        if (t != 1) run_alone(m, sets[t].kv); /* three threads are compared with one: the same bits */
         qvl_prompt *prompts[KINDS];
         for (int k = 0; k < KINDS; k++) prompts[k] = prompt(m, (uint64_t)k);
-        for (int r = 0; r < rounds / 3; r++) one_schedule(m, prompts, replay ? strtoull(replay, NULL, 10) : (uint64_t)(1000 * t + r), per);
+        int own = replay ? 1 : rounds / 4 + (t < rounds % 4);
+        for (int r = 0; r < own; r++)
+            one_schedule(m, prompts, sets[t].kv, replay ? strtoull(replay, NULL, 10) : (uint64_t)(1000 * t + r), per, seen);
         for (int k = 0; k < KINDS; k++) qvl_prompt_free(prompts[k]);
-        qvl_model_free(first);
         qvl_model_free(m);
     }
+    print_message("%d requests: %ld prompt tokens shared, %ld preempted, %ld tokens guessed right, %ld pictures encoded\n", rounds * per, seen[0], seen[1],
+                  seen[2], seen[3]);
+    if (!many && !replay)
+        for (int i = 0; i < 4; i++) assert_true(seen[i] > 100); /* or the schedules would not test what they are for */
 }
 
 /* ---- threads ---- */
@@ -358,5 +427,7 @@ static void refused(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(schedules), cmocka_unit_test(threads), cmocka_unit_test(one_owner), cmocka_unit_test(prefixes), cmocka_unit_test(preemption), cmocka_unit_test(refused)};
+    const qvl_allocator counting = {sizeof counting, NULL, count_malloc, count_realloc, count_free};
+    if (qvl_set_allocator(&counting)) return 1;
     return cmocka_run_group_tests_name("engine", tests, NULL, NULL);
 }
