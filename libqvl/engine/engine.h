@@ -196,8 +196,8 @@ int qvl__request_common(const qvl__request *a, const qvl__request *b);
 void qvl__queue_drain(qvl_engine *e);
 /* Puts r where it belongs in the waiting list. */
 void qvl__queue_wait(qvl_engine *e, qvl__request *r);
-/* Forgets an ended request and counts how it ended. */
-void qvl__queue_ended(qvl_engine *e, const qvl__request *r, int event_type, bool cancelled);
+/* Forgets an ended request, gives up its pictures, and counts how it ended. */
+void qvl__queue_ended(qvl_engine *e, qvl__request *r, int event_type, bool cancelled);
 
 /* ---- pictures.c ---- */
 /* Gives r its pictures: those that are known, or new ones that wait for the tower. [lock held] */

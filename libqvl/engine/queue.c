@@ -112,8 +112,9 @@ void qvl__queue_drain(qvl_engine *e) {
     }
 }
 
-void qvl__queue_ended(qvl_engine *e, const qvl__request *r, int event_type, bool cancelled) {
+void qvl__queue_ended(qvl_engine *e, qvl__request *r, int event_type, bool cancelled) {
     pthread_mutex_lock(&e->lock);
+    if (r->pictures) qvl__pictures_give(e, r);
     for (int i = 0; i < e->n_live; i++)
         if (e->live[i] == r) {
             e->live[i] = e->live[--e->n_live];
