@@ -185,7 +185,7 @@ check: test ## the same as test: tests, lint and ABI together
 
 # ---- sanitizers: the same tests, compiled to catch what tests cannot see ----
 
-.PHONY: check-asan check-ubsan check-oom check-tsan
+.PHONY: check-asan check-ubsan check-oom check-tsan check-long
 check-asan: ## all tests under AddressSanitizer (and LeakSanitizer for the C ones)
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=asan -j$$(nproc) all unit-build
@@ -199,6 +199,8 @@ check-oom: ## every single allocation of a whole run made to fail
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) build/release/tests/engine/test_oom
 	QVL_TEST_OOM_STEP=1 build/release/tests/engine/test_oom
+check-long: all ## a prompt of 262,144 tokens against a direct computation (minutes)
+	QVL_LONG_TOKENS=262144 $(PYTEST) tests/python/test_long.py -s
 check-tsan: ## the engine's thread tests under ThreadSanitizer
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=tsan -j$$(nproc) build/tsan/tests/engine/test_engine

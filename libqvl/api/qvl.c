@@ -28,6 +28,7 @@ static int load(qvl_model *m, const char *path, const qvl_options *o) {
     void *ud;
     qvl__opt_progress(o, &progress, &ud);
     int rc = qvl__config_load(&m->config, path);
+    if (rc == 0) rc = qvl__config_set_yarn(&m->config.text, qvl__opt_f64(o, "rope_yarn_factor"));
     if (rc == 0) choose_template(m, path, o);
     if (rc == 0) rc = qvl__tokenizer_load(&m->tokenizer, path);
     if (rc == 0 && qvl__token_limit(m->tokenizer) > m->config.text.vocab)
@@ -85,8 +86,8 @@ int qvl_model_info(const qvl_model *m, char **json) {
                     qvl__template_name(m->template_), dtype, stored, qvl__type_name(m->kv_type), m->device->name, m->device->isa, qvl__pool_threads(m->pool));
     qvl__buf_printf(&b, "\"bf16_math\": %s, \"weight_bytes\": %" PRIu64 ", \"parameters\": %" PRIu64 ", \"vocab_size\": %d, \"max_context\": %d, ",
                     m->device->bf16_math ? "true" : "false", m->weights.bytes, m->weights.parameters, t->vocab, t->max_positions);
-    qvl__buf_printf(&b, "\"text\": {\"hidden\": %d, \"layers\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"intermediate\": %d, \"rope_theta\": %.17g, "
-                    "\"mrope_section\": [%d, %d, %d], \"tied\": %s}, ", t->hidden, t->layers, t->heads, t->kv_heads, t->head_dim, t->inter, t->rope_theta,
+    qvl__buf_printf(&b, "\"text\": {\"hidden\": %d, \"layers\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"intermediate\": %d, \"rope_theta\": %.17g, \"yarn_factor\": %g, "
+                    "\"mrope_section\": [%d, %d, %d], \"tied\": %s}, ", t->hidden, t->layers, t->heads, t->kv_heads, t->head_dim, t->inter, t->rope_theta, t->yarn.factor,
                     t->mrope_section[0], t->mrope_section[1], t->mrope_section[2], t->tied ? "true" : "false");
     qvl__buf_printf(&b, "\"vision\": {\"hidden\": %d, \"depth\": %d, \"heads\": %d, \"intermediate\": %d, \"patch\": %d, \"merge\": %d, \"deepstack\": [", v->hidden,
                     v->depth, v->heads, v->inter, m->config.processor.patch, m->config.processor.merge);

@@ -30,6 +30,11 @@ typedef struct {
     float eps;
     double rope_theta;
     int mrope_section[3];
+    struct { /* YaRN (Peng et al. 2023); factor 1: none */
+        double factor, attention, beta_fast, beta_slow; /* attention: cos and sin are multiplied by it */
+        int original;                                   /* positions that the model was trained with */
+        bool truncate;
+    } yarn;
     bool tied;
     int experts, top_k, expert_inter; /* mixture of experts (qwen3_vl_moe); experts = 0: dense */
     uint8_t *dense_layer;             /* [layers]: 1 for layers of a mixture model that have one plain MLP; NULL: none */
@@ -58,6 +63,8 @@ typedef struct {
     char *chat_template; /* text, or NULL when the checkpoint has none */
 } qvl__config;
 int qvl__config_load(qvl__config *c, const char *dir);
+/* Option rope_yarn_factor: YaRN for a checkpoint whose config has none. */
+int qvl__config_set_yarn(qvl__text_config *t, double factor);
 void qvl__config_free(qvl__config *c);
 
 /* ---- safetensors.c ---- */

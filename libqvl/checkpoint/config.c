@@ -102,6 +102,38 @@ static reader section(reader *top, const char *name) {
     return (reader){top->file, name, v, top->rc};
 }
 
+/* transformers modeling_rope_utils, _compute_yarn_parameters: "the attention factor as suggested in the paper". */
+static double yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1; }
+
+static int parse_yarn(reader *s, qvl__text_config *t) {
+    const json_t *p = s->obj;
+    if (!json_object_get(p, "original_max_position_embeddings") || json_is_null(json_object_get(p, "original_max_position_embeddings")))
+        fail_key(s, "original_max_position_embeddings", "is missing: YaRN needs the length that the model was trained with");
+    t->yarn.original = int_or(s, "original_max_position_embeddings", 1, 1 << 28, t->max_positions);
+    t->yarn.factor = float_or(s, "factor", 1, 1024, (double)t->max_positions / t->yarn.original);
+    t->yarn.beta_fast = float_or(s, "beta_fast", 0, 1e6, 32);
+    t->yarn.beta_slow = float_or(s, "beta_slow", 0, 1e6, 1);
+    if (t->yarn.beta_fast == 0) t->yarn.beta_fast = 32; /* as Python's "or" */
+    if (t->yarn.beta_slow == 0) t->yarn.beta_slow = 1;
+    const json_t *truncate = json_object_get(p, "truncate");
+    t->yarn.truncate = !truncate || json_is_true(truncate);
+    double mscale = float_or(s, "mscale", 0, 1e3, 0), all = float_or(s, "mscale_all_dim", 0, 1e3, 0);
+    double own = mscale > 0 && all > 0 ? yarn_mscale(t->yarn.factor, mscale) / yarn_mscale(t->yarn.factor, all) : yarn_mscale(t->yarn.factor, 1);
+    t->yarn.attention = float_or(s, "attention_factor", 1e-3, 1e3, own);
+    return s->rc;
+}
+
+int qvl__config_set_yarn(qvl__text_config *t, double factor) {
+    if (factor == 1) return 0;
+    if (t->yarn.factor != 1)
+        return qvl__fail(QVL_EINVAL, "option rope_yarn_factor: the checkpoint's config has YaRN already, with factor %g", t->yarn.factor);
+    if (t->max_positions > (1 << 28) / factor)
+        return qvl__fail(QVL_EINVAL, "option rope_yarn_factor: %g times %d positions are too many", factor, t->max_positions);
+    t->yarn = (__typeof__(t->yarn)){factor, yarn_mscale(factor, 1), 32, 1, t->max_positions, true};
+    t->max_positions = (int)(t->max_positions * factor);
+    return 0;
+}
+
 static int parse_rope(reader *r, qvl__text_config *t) {
     /* published: rope_scaling {...} and rope_theta; transformers 5: rope_parameters {..., rope_theta} */
     const json_t *p = json_object_get(r->obj, "rope_parameters");
@@ -116,8 +148,11 @@ static int parse_rope(reader *r, qvl__text_config *t) {
     }
     reader s = {r->file, name, p, r->rc};
     const char *type = json_string_value(json_object_get(p, json_object_get(p, "rope_type") ? "rope_type" : "type"));
-    if (s.rc == 0 && type && strcmp(type, "default") != 0)
-        s.rc = qvl__fail(QVL_EUNSUPPORTED, "%s: %s.rope_type is \"%.80s\"; only \"default\" is supported", r->file, name, type);
+    bool yarn = type && strcmp(type, "yarn") == 0;
+    if (s.rc == 0 && type && !yarn && strcmp(type, "default") != 0)
+        s.rc = qvl__fail(QVL_EUNSUPPORTED, "%s: %s.rope_type is \"%.80s\"; only \"default\" and \"yarn\" are supported", r->file, name, type);
+    t->yarn.factor = t->yarn.attention = 1;
+    if (yarn) parse_yarn(&s, t);
     const json_t *inter = json_object_get(p, "mrope_interleaved");
     if (s.rc == 0 && inter && !json_is_true(inter))
         s.rc = qvl__fail(QVL_EUNSUPPORTED, "%s: %s.mrope_interleaved is not true; only interleaved M-RoPE is supported", r->file, name);

@@ -23,6 +23,7 @@ struct qvl_model {
     qvl__template template_;
     qvl__type kv_type; /* what kv_dtype auto means */
     float *text_inv_freq; /* [head_dim / 2] */
+    float text_rope_scale; /* of cos and sin; 1 without YaRN */
     uint8_t *text_axis;   /* [head_dim / 2]: 0 time, 1 height, 2 width */
 };
 

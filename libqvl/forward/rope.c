@@ -12,14 +12,34 @@
 
 #include "forward.h"
 
+/* How much of frequency i is slowed down: 0 for those that turn often within the trained length, 1 for those that turn
+ * seldom, a ramp between (YaRN, Peng et al. 2023, section 3.2; transformers _compute_yarn_parameters). */
+static float yarn_ramp(const qvl__text_config *t, int i) {
+    double turns[] = {t->yarn.beta_fast, t->yarn.beta_slow}, at[2];
+    for (int k = 0; k < 2; k++)
+        at[k] = t->head_dim * log(t->yarn.original / (turns[k] * 2 * 3.14159265358979323846)) / (2 * log(t->rope_theta));
+    double low = t->yarn.truncate ? floor(at[0]) : at[0], high = t->yarn.truncate ? ceil(at[1]) : at[1];
+    if (low < 0) low = 0;
+    if (high > t->head_dim - 1) high = t->head_dim - 1;
+    if (low == high) high += 0.001;
+    float r = ((float)i - (float)low) / (float)(high - low);
+    return r < 0 ? 0 : r > 1 ? 1 : r;
+}
+
 int qvl__rope_init(qvl_model *m) {
     const qvl__text_config *t = &m->config.text;
     int half = t->head_dim / 2;
+    m->text_rope_scale = (float)t->yarn.attention;
     m->text_inv_freq = qvl__array(NULL, (size_t)half, sizeof(float));
     m->text_axis = qvl__calloc((size_t)half, 1);
     if (!m->text_inv_freq || !m->text_axis) return QVL_ENOMEM;
     for (int i = 0; i < half; i++) {
-        m->text_inv_freq[i] = 1.0f / powf((float)t->rope_theta, (float)(2 * i) / (float)t->head_dim);
+        float period = powf((float)t->rope_theta, (float)(2 * i) / (float)t->head_dim);
+        m->text_inv_freq[i] = 1.0f / period;
+        if (t->yarn.factor != 1) {
+            float kept = 1.0f - yarn_ramp(t, i);
+            m->text_inv_freq[i] = 1.0f / ((float)t->yarn.factor * period) * (1.0f - kept) + 1.0f / period * kept;
+        }
         /* interleaved sections: T H W T H W ..., what is left over follows time */
         int axis = i % 3;
         m->text_axis[i] = (uint8_t)(axis && i < 3 * t->mrope_section[axis] ? axis : 0);
@@ -32,8 +52,8 @@ void qvl__rope_text(const qvl_model *m, float *cos_out, float *sin_out, const in
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < half; i++) {
             float angle = (float)positions[m->text_axis[i] * stride + r] * m->text_inv_freq[i];
-            cos_out[r * half + i] = (float)cos((double)angle);
-            sin_out[r * half + i] = (float)sin((double)angle);
+            cos_out[r * half + i] = (float)cos((double)angle) * m->text_rope_scale;
+            sin_out[r * half + i] = (float)sin((double)angle) * m->text_rope_scale;
         }
 }
 
