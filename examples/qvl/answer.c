@@ -113,7 +113,7 @@ static int take_events(tool_answer *a, splitter *s, const qvl_engine *e, int n, 
         put(s, s->held, s->n_held);
         s->n_held = 0;
         snprintf(a->finish_reason, sizeof a->finish_reason, "%s", qvl_event_finish_reason(v));
-        for (int what = 1; what < 8; what++) a->usage[what] = qvl_event_usage(v, what);
+        for (int what = 1; what <= QVL_USAGE_IMAGES_CACHED; what++) a->usage[what] = qvl_event_usage(v, what);
         return 1;
     }
     return 0;
@@ -144,7 +144,7 @@ static bool opens_think(const qvl_prompt *p) {
 
 int tool_answer_run(tool_answer *a, qvl_engine *e, const qvl_prompt *p, const qvl_options *o, FILE *out) {
     memset(a, 0, sizeof *a);
-    for (int i = 0; i < 8; i++) a->usage[i] = NAN;
+    for (int i = 0; i <= QVL_USAGE_IMAGES_CACHED; i++) a->usage[i] = NAN;
     splitter s = {.state = opens_think(p) ? THINK : START, .out = out, .show_reasoning = out && tool_is_terminal(out), .dim = out && tool_has_color(out)};
     s.text = open_memstream(&a->text, &a->text_len);
     s.reasoning = open_memstream(&a->reasoning, &a->reasoning_len);

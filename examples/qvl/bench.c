@@ -13,7 +13,7 @@
 #include <string.h>
 #include <sys/resource.h>
 
-#include "tool.h"
+#include "bench.h"
 
 typedef struct {
     const tool_args *args;
@@ -21,9 +21,7 @@ typedef struct {
     long prefill, decode, depth, streams, repeat; /* prefill, decode: 0 = not asked for */
     int width, height;                            /* 0: no image test */
     bool load;
-    int vocab;
-    uint64_t random;
-    double weight_bytes;
+    bench_random random;
     json_t *about;   /* what every entry says of the model */
     json_t *results; /* the list */
 } bench;
@@ -39,32 +37,33 @@ typedef struct {
 
 /* ---- prompts ---- */
 
-static uint32_t draw(bench *b) { /* Marsaglia's xorshift64*; the same prompts in every call of the program */
-    b->random ^= b->random >> 12;
-    b->random ^= b->random << 25;
-    b->random ^= b->random >> 27;
-    return (uint32_t)(b->random * 0x2545F4914F6CDD1DULL >> 32);
+uint32_t bench_draw(bench_random *r) { /* Marsaglia's xorshift64*; the same prompts in every call of the program */
+    r->state ^= r->state >> 12;
+    r->state ^= r->state << 25;
+    r->state ^= r->state >> 27;
+    return (uint32_t)(r->state * 0x2545F4914F6CDD1DULL >> 32);
 }
 
-/* n tokens that stand for text: no special ones, none beyond the tokenizer's. */
-static int random_prompt(bench *b, long n, qvl_prompt **out) {
-    const qvl_tokenizer *t = qvl_model_tokenizer(b->model);
-    int32_t *ids = malloc((size_t)n * sizeof *ids);
-    if (!ids) return tool_fail("out of memory");
+int bench_tokens(const qvl_model *m, bench_random *r, int32_t *ids, long n) {
+    const qvl_tokenizer *t = qvl_model_tokenizer(m);
     for (long i = 0, tries = 0; i < n; tries++) {
         char *text;
         size_t len = 0;
-        ids[i] = (int32_t)(draw(b) % (uint32_t)b->vocab);
+        ids[i] = (int32_t)(bench_draw(r) % r->vocab);
         if (qvl_detokenize(t, ids + i, 1, 1, &text, &len) == 0) qvl_free(text);
         if (len > 0) i++;
-        else if (tries > 1000 + 100 * n) {
-            free(ids);
-            return tool_fail("the tokenizer has hardly any ordinary tokens");
-        }
+        else if (tries > 1000 + 100 * n) return tool_fail("the tokenizer has hardly any ordinary tokens");
     }
-    int rc = qvl_prompt_from_tokens(out, b->model, ids, (size_t)n);
+    return TOOL_OK;
+}
+
+static int random_prompt(bench *b, long n, qvl_prompt **out) {
+    int32_t *ids = malloc((size_t)n * sizeof *ids);
+    if (!ids) return tool_fail("out of memory");
+    int code = bench_tokens(b->model, &b->random, ids, n);
+    if (code == TOOL_OK && qvl_prompt_from_tokens(out, b->model, ids, (size_t)n) < 0) code = tool_library_error(NULL);
     free(ids);
-    return rc < 0 ? tool_library_error(NULL) : TOOL_OK;
+    return code;
 }
 
 /* ---- runs over the engine ---- */
@@ -87,6 +86,7 @@ static int field_open(field *f, bench *b, long prompt, long answer) {
     long context = prompt + answer, blocks = (context + 31) / 32; /* a block holds 32 tokens, see option kv_blocks */
     int rc = qvl_options_set_i64(o, "max_requests", b->streams);
     if (rc == 0) rc = qvl_options_set(o, "prefix_cache", "false"); /* every run computes everything */
+    if (rc == 0) rc = qvl_options_set(o, "step_ms", "0");          /* and nobody is waited for */
     if (rc == 0) rc = qvl_options_set_i64(o, "max_context", context);
     if (rc == 0) rc = qvl_options_set_i64(o, "kv_blocks", blocks * b->streams);
     if (rc == 0 && !tool_get(b->args, "max_batched_tokens") && b->streams > tool_library_number(b->args, "max_batched_tokens"))
@@ -184,7 +184,7 @@ static int run_image(bench *b, double *value, int *tokens) {
     size_t bytes = (size_t)b->width * (size_t)b->height * 3;
     uint8_t *rgb = malloc(bytes);
     if (!rgb) return tool_fail("out of memory");
-    for (size_t i = 0; i < bytes; i++) rgb[i] = (uint8_t)draw(b);
+    for (size_t i = 0; i < bytes; i++) rgb[i] = (uint8_t)bench_draw(&b->random);
     qvl_image *im = NULL;
     qvl_embedding *e = NULL;
     int rc = qvl_image_from_pixels(&im, rgb, b->width, b->height, 0);
@@ -262,37 +262,40 @@ static int measure(bench *b, test which) {
     return code;
 }
 
-static int memory(bench *b) {
+int bench_memory(const tool_args *a, const json_t *about, json_t *results) {
     struct rusage use;
+    double weights = json_number_value(json_object_get(about, "weight_bytes"));
     getrusage(RUSAGE_SELF, &use);
     double peak = (double)use.ru_maxrss * 1024; /* Linux counts in kB */
-    if (!tool_get(b->args, "json")) printf("peak memory %.1f MB, weights %.1f MB\n", peak / 1e6, b->weight_bytes / 1e6);
-    json_t *entry = json_pack("{s:s, s:I, s:I}", "test", "memory", "peak_rss_bytes", (json_int_t)peak, "weight_bytes", (json_int_t)b->weight_bytes);
-    json_object_update(entry, b->about);
-    return !entry || json_array_append_new(b->results, entry) < 0 ? tool_fail("out of memory") : TOOL_OK;
+    if (!tool_get(a, "json")) printf("peak memory %.1f MB, weights %.1f MB\n", peak / 1e6, weights / 1e6);
+    json_t *entry = json_pack("{s:s, s:I}", "test", "memory", "peak_rss_bytes", (json_int_t)peak);
+    json_object_update(entry, (json_t *)(uintptr_t)about);
+    return !entry || json_array_append_new(results, entry) < 0 ? tool_fail("out of memory") : TOOL_OK;
 }
 
-static int describe_model(bench *b) {
+int bench_describe(const tool_args *a, const qvl_model *m, json_t *about, uint32_t *vocab) {
     char path[PATH_MAX];
-    json_t *info = tool_model_info(b->model);
-    if (!info || tool_model_path(b->args, path)) {
+    json_t *info = tool_model_info(m);
+    if (!info || tool_model_path(a, path)) {
         json_decref(info);
         return TOOL_FAILED;
     }
-    static const char *const keys[] = {"family", "parameters", "dtype", "bf16_math", "kv_dtype", "device", "isa", "threads"};
-    json_object_set_new(b->about, "model", json_string(path));
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) json_object_set(b->about, keys[i], json_object_get(info, keys[i]));
-    b->vocab = (int)json_integer_value(json_object_get(info, "vocab_size"));
-    b->weight_bytes = (double)json_integer_value(json_object_get(info, "weight_bytes"));
-    if (!tool_get(b->args, "json")) {
+    static const char *const keys[] = {"family", "parameters", "dtype", "bf16_math", "kv_dtype", "device", "isa", "threads", "weight_bytes"};
+    json_object_set_new(about, "model", json_string(path));
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) json_object_set(about, keys[i], json_object_get(info, keys[i]));
+    *vocab = (uint32_t)json_integer_value(json_object_get(info, "vocab_size"));
+    if (!tool_get(a, "json"))
         printf("%s: %s, %.3g M parameters, %s, %s %s, threads %d\n", path, json_string_value(json_object_get(info, "family")),
                (double)json_integer_value(json_object_get(info, "parameters")) / 1e6, json_string_value(json_object_get(info, "dtype")),
                json_string_value(json_object_get(info, "device")), json_string_value(json_object_get(info, "isa")),
                (int)json_integer_value(json_object_get(info, "threads")));
-        printf("%-9s %8s %8s %8s %12s %12s %12s  unit (%ld runs)\n", "test", "n", "depth", "streams", "median", "min", "max", b->repeat);
-    }
     json_decref(info);
-    return b->vocab > 0 ? TOOL_OK : tool_fail("the model tells no vocab_size");
+    return *vocab ? TOOL_OK : tool_fail("the model tells no vocab_size");
+}
+
+static void print_head(const bench *b) {
+    if (!tool_get(b->args, "json"))
+        printf("%-9s %8s %8s %8s %12s %12s %12s  unit (%ld runs)\n", "test", "n", "depth", "streams", "median", "min", "max", b->repeat);
 }
 
 /* ---- command line ---- */
@@ -320,18 +323,19 @@ static int parse(bench *b) {
 }
 
 static int run(const tool_args *a) {
-    bench b = {.args = a, .random = 0x9E3779B97F4A7C15ULL};
+    bench b = {.args = a, .random = {0x9E3779B97F4A7C15ULL, 0}};
     int code = parse(&b);
     if (code) return code;
     b.about = json_object();
     b.results = json_array();
     code = tool_model_load(a, &b.model, NULL);
-    if (code == TOOL_OK) code = describe_model(&b);
+    if (code == TOOL_OK) code = bench_describe(a, b.model, b.about, &b.random.vocab);
+    if (code == TOOL_OK) print_head(&b);
     if (code == TOOL_OK && b.load) code = measure(&b, LOAD);
     if (code == TOOL_OK && b.width) code = measure(&b, IMAGE);
     if (code == TOOL_OK && b.prefill) code = measure(&b, PREFILL);
     if (code == TOOL_OK && b.decode) code = measure(&b, DECODE);
-    if (code == TOOL_OK) code = memory(&b);
+    if (code == TOOL_OK) code = bench_memory(a, b.about, b.results);
     if (code == TOOL_OK && tool_get(a, "json")) code = tool_print_json(json_incref(b.results));
     json_decref(b.about);
     json_decref(b.results);
@@ -355,10 +359,11 @@ const tool_command tool_bench = {
     .name = "bench",
     .synopsis = "[-m MODEL] [--prefill N] [--decode N] [--depth N] [--streams N] [--image WxH] [--load] [--repeat N] [--json]",
     .summary = "how fast this machine runs a model",
-    .details = "Without a test: --load --image 448x448 --prefill 512 --decode 64. The engine is made as large as the tests need.",
+    .details = "Without a test: --load --image 448x448 --prefill 512 --decode 64. The engine is made as large as the tests need.\n"
+               "qvl bench --serve [OPTION]... is another mode, many users at once: qvl bench --serve --help.",
     .options = options,
     .scopes = "model prompt engine",
-    .without = "max_requests max_context kv_blocks prefix_cache video_min_pixels video_max_pixels video_layout add_generation_prompt add_vision_id",
+    .without = "max_requests max_context kv_blocks prefix_cache step_ms embedding_cache max_image_tokens video_min_pixels video_max_pixels video_layout add_generation_prompt add_vision_id",
     .max_words = 0,
     .run = run,
 };

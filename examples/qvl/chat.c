@@ -31,7 +31,7 @@ typedef struct {
     bool leaving;              /* Ctrl-C was pressed; one more at the prompt ends the program */
     int turns;
     double encode_ms;
-    double usage[8]; /* of the last answer */
+    double usage[QVL_USAGE_IMAGES_CACHED + 1]; /* of the last answer */
     double tokens_per_second, all_prompt, all_completion;
 } session;
 
@@ -364,7 +364,7 @@ const tool_command tool_chat = {
                "/image FILE, /system TEXT, /clear, /save FILE, /stats, /help, /quit",
     .options = options,
     .scopes = "model image prompt engine request",
-    .without = "max_requests video_min_pixels video_max_pixels video_layout logprobs return_logits",
+    .without = "max_requests n priority step_ms embedding_cache video_min_pixels video_max_pixels video_layout logprobs prompt_logprobs return_logits",
     .max_words = INT_MAX,
     .run = run,
 };

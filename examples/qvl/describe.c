@@ -134,7 +134,7 @@ const tool_command tool_describe = {
                "terminal only; --json keeps it apart as \"reasoning\".",
     .options = options,
     .scopes = "model image prompt engine request",
-    .without = "max_requests video_min_pixels video_max_pixels video_layout return_logits",
+    .without = "max_requests n priority step_ms embedding_cache video_min_pixels video_max_pixels video_layout prompt_logprobs return_logits",
     .max_words = INT_MAX,
     .run = run,
 };

@@ -71,6 +71,9 @@ int main(int argc, char **argv) {
     const tool_command *c = find(name);
     if (!c) return unknown(name);
 
+    for (int i = 2; c == &tool_bench && i < argc; i++) /* a mode with options of its own */
+        if (strcmp(argv[i], "--serve") == 0) c = &tool_bench_serve;
+
     tool_args a;
     int code;
     if (tool_args_parse(&a, c, argc, argv, 2, &code) == 0) {

@@ -117,7 +117,7 @@ typedef struct {
     char *text, *reasoning; /* both terminated */
     size_t text_len, reasoning_len;
     char finish_reason[16];
-    double usage[8]; /* QVL_USAGE_* */
+    double usage[QVL_USAGE_IMAGES_CACHED + 1]; /* QVL_USAGE_* */
     json_t *tokens;  /* with option logprobs: [{"id", "logprob", "top": [[id, logprob], ...]}, ...] */
     bool interrupted;
 } tool_answer;
@@ -132,6 +132,6 @@ double tool_tokens_per_second(const tool_answer *a); /* of decoding; NaN with fe
 /* {"role": role, "content": text}, or NULL after a message when text is not UTF-8. */
 json_t *tool_text_message(const char *role, const char *text, size_t len);
 
-extern const tool_command tool_describe, tool_chat, tool_info, tool_tokenize, tool_bench;
+extern const tool_command tool_describe, tool_chat, tool_info, tool_tokenize, tool_bench, tool_bench_serve;
 
 #endif

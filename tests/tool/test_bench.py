@@ -79,3 +79,64 @@ def test_interrupt():
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and err == b"" and b"decode" not in out
+
+
+# ---- serving mode ----
+
+def serve(*args):
+    p = qvl("bench", "--serve", "--json", *args)
+    assert p.returncode == 0 and p.stderr == "", p.stderr
+    out, memory = json.loads(p.stdout)
+    assert out["test"] == "serve" and memory["test"] == "memory" and memory["peak_rss_bytes"] > 0
+    for key in ("ttft_ms", "tpot_ms", "gap_ms", "e2e_ms", "queue_ms"):
+        s = out[key]
+        assert s["p50"] <= s["p90"] <= s["p95"] <= s["p99"] <= s["max"] and 0 <= s["mean"] <= s["max"]
+    assert out["finished"] + out["failed"] == out["requests"] and out["gap_ms"]["samples"] == out["generated_tokens"] - out["finished"]
+    assert all(out["memory"][k] > 0 for k in ("weights", "kv", "workspace", "vision"))
+    return out
+
+
+def test_serve_counts():
+    out = serve("--requests", 12, "--prompt-tokens", "20-90", "--answer-tokens", 7)
+    assert (out["finished"], out["generated_tokens"], out["ttft_ms"]["samples"], out["images"]) == (12, 84, 12, 0)
+    assert 12 * 20 <= out["prompt_tokens"] <= 12 * 90
+    again = serve("--requests", 12, "--prompt-tokens", "20-90", "--answer-tokens", 7)
+    assert again["prompt_tokens"] == out["prompt_tokens"]  # the same seed, the same requests
+    assert serve("--requests", 12, "--prompt-tokens", "20-90", "--answer-tokens", 7, "--load-seed", 2)["prompt_tokens"] != out["prompt_tokens"]
+
+
+def test_serve_rate_and_concurrency():
+    start = time.monotonic()
+    out = serve("--requests", 40, "--rate", 40, "--answer-tokens", 2, "--prompt-tokens", 8)
+    assert 0.4 < out["seconds"] < 3 and time.monotonic() - start < 20
+    one = serve("--requests", 6, "--concurrency", 1, "--answer-tokens", 8)
+    assert one["rows"] >= 6 * 127 and one["steps"] >= 6 * 8  # never two in a step
+
+
+def test_serve_caches():
+    shared = serve("--requests", 10, "--prompt-tokens", 100, "--shared-prefix", 80, "--answer-tokens", 2)
+    assert shared["cached_tokens"] >= 9 * 64
+    turns = serve("--requests", 8, "--turns", 4, "--prompt-tokens", 50, "--answer-tokens", 20)
+    assert turns["finished"] == 8 and turns["prompt_tokens"] == 2 * (50 + 120 + 190 + 260) and turns["cached_tokens"] > turns["prompt_tokens"] / 2
+    pictures = serve("--requests", 6, "--images", 1, "--image", "160x160", "--image-pool", 1, "--prompt-tokens", 10, "--answer-tokens", 2)
+    assert (pictures["images"], pictures["images_encoded"]) == (6, 1)
+    assert serve("--requests", 4, "--images", 1, "--image", "64x64", "--answer-tokens", 2, "--prompt-tokens", 5)["images_encoded"] == 4
+
+
+def test_serve_probe_and_refusals():
+    out = serve("--requests", 4, "--probe", "--answer-tokens", 4, "--images", 1, "--image", "448x448", "--prompt-tokens", 5)
+    assert out["probe_gap_ms"]["samples"] >= 4
+    some = serve("--requests", 9, "--prompt-tokens", "10-400", "--answer-tokens", 4, "--max-context", 200)
+    assert some["failed"] > 0 and some["finished"] > 0 and "max_context" in some["first_failure"]
+    none = qvl("bench", "--serve", "--requests", "2", "--prompt-tokens", "400", "--max-context", "200")
+    assert none.returncode == 1 and "max_context" in none.stderr
+
+
+@pytest.mark.parametrize("args, why", [
+    (["--images", "2"], "--images"), (["--rate", "-1"], "--rate"), (["--prompt-tokens", "9-3"], "--prompt-tokens"),
+    (["--answer-tokens", "x"], "--answer-tokens"), (["--image", "5"], "--image"), (["--images", "1", "--turns", "2"], "--turns"),
+    (["--prefill", "5"], "prefill"),
+])
+def test_serve_called_wrongly(args, why):
+    p = qvl("bench", "--serve", *args)
+    assert p.returncode == 2 and why in p.stderr

@@ -61,7 +61,8 @@ def test_help_lists_library_options():
     for name, scope, span, default in library_options():
         flag = "--" + name.replace("_", "-")
         assert f"  {flag}" in everything
-        silent = name in ("max_requests", "return_logits") or name.startswith("video_")
+        silent = name.startswith("video_") or name in ("max_requests", "return_logits", "n", "priority", "step_ms", "embedding_cache",
+                                                        "prompt_logprobs")
         assert (f"{flag} " in text["describe"] or f"{flag}," in text["describe"]) != silent, name
         line = next((line for line in text["describe"].splitlines() if f"{flag} " in line), "")
         if line:
