@@ -1,6 +1,6 @@
 /* info.c - qvl info: what a model is.
  *
- * Job:        load a model, show its shapes, types and sizes.
+ * Job:        load a model, show its shapes, types and sizes, and what an engine of it would take.
  * Input:      a model.
  * Output:     a table for people, or the library's JSON object.
  * Invariants: every field the library reports is shown, also ones this program does not know yet.
@@ -39,22 +39,41 @@ static void print_list(const json_t *v) {
     }
 }
 
-static void print_object(json_t *o, int indent) {
+/* Sizes of the engine's plan that are bytes. */
+static bool is_bytes(const char *key) {
+    static const char *const names[] = {"weights", "kv", "workspace", "vision", "total", "kv_block_bytes"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(key, names[i]) == 0) return true;
+    return false;
+}
+
+static void print_object(json_t *o, int indent, bool engine) {
     const char *key;
     json_t *v;
     json_object_foreach(o, key, v) {
         if (json_is_object(v)) {
             printf("%*s%s\n", indent, "", key);
-            print_object(v, indent + 2);
+            print_object(v, indent + 2, strcmp(key, "engine") == 0);
             continue;
         }
         printf("%*s%-*s ", indent, "", 22 - indent, key);
-        if (strcmp(key, "weight_bytes") == 0) print_count(json_integer_value(v), "B");
+        if (strcmp(key, "weight_bytes") == 0 || (engine && is_bytes(key))) print_count(json_integer_value(v), "B");
         else if (strcmp(key, "parameters") == 0) print_count(json_integer_value(v), "");
         else if (json_is_array(v)) print_list(v);
         else print_scalar(v);
         putchar('\n');
     }
+}
+
+static json_t *engine_plan(const qvl_model *m, const tool_args *a) {
+    char *text;
+    if (qvl_engine_plan(m, a->options, &text) < 0) {
+        tool_library_error(NULL);
+        return NULL;
+    }
+    json_t *plan = json_loads(text, 0, NULL);
+    qvl_free(text);
+    return plan;
 }
 
 static int run(const tool_args *a) {
@@ -63,13 +82,15 @@ static int run(const tool_args *a) {
     int code = tool_model_path(a, path);
     if (code) return code;
     if ((code = tool_model_load(a, &m, NULL))) return code;
-    json_t *info = tool_model_info(m), *out = json_pack("{s:o*}", "path", json_string(path)); /* left out when it is not UTF-8 */
+    json_t *info = tool_model_info(m), *plan = info ? engine_plan(m, a) : NULL, *out = json_pack("{s:o*}", "path", json_string(path)); /* left out when it is not UTF-8 */
     qvl_model_free(m);
     if (info) json_object_update(out, info);
     json_decref(info);
-    if (!info) code = TOOL_FAILED;
+    if (plan) json_object_set(out, "engine", plan);
+    json_decref(plan);
+    if (!info || !plan) code = TOOL_FAILED;
     else if (tool_get(a, "json")) return tool_print_json(out);
-    else print_object(out, 0);
+    else print_object(out, 0, false);
     json_decref(out);
     return code;
 }
@@ -82,9 +103,11 @@ static const tool_option options[] = {
 const tool_command tool_info = {
     .name = "info",
     .synopsis = "[-m MODEL] [--json] [OPTION]...",
-    .summary = "what a model is: shapes, types, sizes",
-    .details = "Loads the model and tells its family, chat template, types, device, sizes and generation defaults.",
+    .summary = "what a model is: shapes, types, sizes, memory",
+    .details = "Loads the model and tells its family, chat template, types, device, sizes, generation defaults, and the memory that an engine with these\n"
+               "options would take: qvl info --max-context 262144 --kv-dtype int8.",
     .options = options,
-    .scopes = "model",
+    .scopes = "model engine",
+    .without = "",
     .run = run,
 };

@@ -66,13 +66,11 @@ static void forced_chunk(forced *f, int first, int rows, float *out) {
         f->pos[k] = first + k;
         f->out_row[k] = k;
         for (int axis = 0; axis < 3; axis++) f->positions[axis * rows + k] = p->positions[(size_t)axis * p->n + (size_t)(first + k)];
-        for (int r = 0; r < p->n_runs; r++) {
-            int at = first + k - (int)p->runs[r].start;
-            if (at < 0 || at >= p->runs[r].tokens) continue;
-            f->visual_row[visual_rows] = k;
-            f->visual_src[visual_rows] = f->embeddings[p->runs[r].visual];
-            f->visual_index[visual_rows++] = p->runs[r].offset + at;
-        }
+        const qvl__run *pads = qvl__prompt_run(p, first + k);
+        if (!pads) continue;
+        f->visual_row[visual_rows] = k;
+        f->visual_src[visual_rows] = f->embeddings[pads->visual];
+        f->visual_index[visual_rows++] = pads->offset + first + k - (int)pads->start;
     }
     qvl__batch b = {.rows = rows, .seqs = 1, .tokens = f->tokens, .positions = f->positions, .stride = rows, .seq = f->seq, .pos = f->pos, .table = f->table,
                     .visual_rows = visual_rows, .visual_row = f->visual_row, .visual_src = f->visual_src, .visual_index = f->visual_index,

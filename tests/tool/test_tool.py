@@ -67,7 +67,7 @@ def test_help_lists_library_options():
         line = next((line for line in text["describe"].splitlines() if f"{flag} " in line), "")
         if line:
             assert (f"({span})" in line or not span) and (f"[{default}]" in line or not default)
-        assert (f"{flag} " in text["info"]) == (scope == "model")
+        assert (f"{flag} " in text["info"] or f"{flag}," in text["info"]) == (scope in ("model", "engine"))
     assert "--temperature" not in text["bench"] and "--threads" not in text["tokenize"]
 
 
@@ -266,6 +266,9 @@ def test_info():
     assert info["family"] == config["model_type"] and info["vocab_size"] == config["text_config"]["vocab_size"]
     assert info["path"] == str(TINY) and info["threads"] >= 1 and len(info["weights_id"]) == 64
     assert json.loads(qvl("info", "--json", "--dtype", "f32", "-t", "1").stdout)["kv_dtype"] == "f32"
+    plan = json.loads(qvl("info", "--json", "--max-context", "1024", "--kv-blocks", "64", "--kv-dtype", "int8").stdout)["engine"]
+    assert (plan["max_context"], plan["kv_blocks"], plan["kv_dtype"], plan["kv"]) == (1024, 64, "int8", 64 * plan["kv_block_bytes"])
+    assert qvl("info", "--max-context", "100000").returncode == 1
     table = qvl("info").stdout
     for key in info:
         assert any(line.split()[0] == key for line in table.splitlines()), key
