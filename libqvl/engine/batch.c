@@ -25,6 +25,26 @@ static int visuals_within(const qvl_prompt *p, int tokens) {
     return n;
 }
 
+/* Where the first picture that r still waits for begins; the end of its tokens when there is none. */
+static int picture_ahead(const qvl__request *r) {
+    const qvl_prompt *p = r->prompt;
+    for (int i = 0; r->ready < p->n_visuals && i < p->n_runs; i++)
+        if (p->runs[i].visual == r->ready) return (int)p->runs[i].start;
+    return qvl__request_tokens(r);
+}
+
+/* Tokens up to which r will be computed without waiting: not a handful before a picture, a pass is too dear for that. */
+static int way_ahead(const qvl__request *r) {
+    int end = picture_ahead(r);
+    return end == qvl__request_tokens(r) || end - r->cached >= QVL__KV_BLOCK ? end : r->cached;
+}
+
+/* Whether r should wait for q, which computes tokens that r begins with: at least a few more than are there, and not
+ * behind a picture that r has no use for. */
+static bool worth_waiting(const qvl__request *q, const qvl__request *r, int common, int there) {
+    return common >= there + WORTH_WAITING && q->priority <= r->priority && (common > picture_ahead(q) || way_ahead(q) >= there + WORTH_WAITING);
+}
+
 /* Finds what r can begin with: `blocks` full blocks by name (held from now on), and in `donor` a running request that
  * has computed more, up to token `cached`. False when r should wait: somebody is computing what it begins with. */
 typedef struct {
@@ -44,7 +64,7 @@ static bool find_beginning(qvl_engine *e, qvl__request *r, beginning *b) {
         int common = qvl__request_common(q, r);
         if (common > most) common = most;
         int have = common < q->cached ? common : q->cached, there = have > b->cached ? have : b->cached;
-        if (common >= there + WORTH_WAITING && q->priority <= r->priority) return false;
+        if (worth_waiting(q, r, common, there)) return false;
         if (have <= b->cached || have > (b->blocks + 1) * QVL__KV_BLOCK) continue;
         b->cached = have;
         b->donor = q;
@@ -183,18 +203,10 @@ static void add_rows(qvl_engine *e, qvl__batch *b, qvl__request *r, int n) {
 /* All is computed but the last token of the answer. */
 static bool decodes(const qvl__request *r) { return r->generated > 0 && r->cached + 1 == qvl__request_tokens(r); }
 
-/* Rows that r could prefill now: up to its first picture that is not encoded, but not a handful before it. */
+/* Rows that r could prefill now. */
 static int prefill_left(const qvl__request *r) {
-    const qvl_prompt *p = r->prompt;
-    int end = qvl__request_tokens(r);
-    if (r->cached >= end || decodes(r)) return 0; /* it decodes in this step, or will */
-    if (r->ready == p->n_visuals) return end - r->cached;
-    for (int i = 0; i < p->n_runs; i++)
-        if (p->runs[i].visual == r->ready) {
-            int rows = (int)p->runs[i].start - r->cached;
-            return rows >= QVL__KV_BLOCK ? rows : 0;
-        }
-    return 0;
+    if (r->cached >= qvl__request_tokens(r) || decodes(r)) return 0; /* it decodes in this step, or will */
+    return way_ahead(r) - r->cached;
 }
 
 bool qvl__batch_prefills(const qvl_engine *e) {

@@ -165,15 +165,19 @@ def test_nobody_waits_for_a_picture(model):
     first = engine.submit(model.prompt(user("Hi")), max_tokens=60, ignore_eos=True)
     while not any(e.type == "token" for e in engine.step(timeout=0)):
         pass
-    rng = np.random.default_rng(5)
+    rng, system = np.random.default_rng(5), [{"role": "system", "content": "You are one of those who look at pictures and tell what they see."}]
     for _ in range(4):
-        engine.submit(model.prompt(user(rng.integers(0, 255, (448, 448, 3), np.uint8), "?")), max_tokens=1)
-    steps = 0
+        engine.submit(model.prompt(system + user(rng.integers(0, 255, (448, 448, 3), np.uint8), "?")), max_tokens=1)
+    # one that begins like them, as far as the picture, does not wait for it either
+    text = engine.submit(model.prompt(system + user("Nothing to look at?")), max_tokens=1)
+    steps, answered = 0, None
     while engine.stats["images_encoded"] < 4 and steps < 50:
-        events = [e for e in engine.step(timeout=0) if e.request == first]
-        assert [e.type for e in events][:1] == ["token"], "a step without a token for the running answer"
+        events = engine.step(timeout=0)
+        assert [e.type for e in events if e.request == first][:1] == ["token"], "a step without a token for the running answer"
         steps += 1
-    assert steps >= 5  # there were slices
+        if answered is None and any(e.request == text for e in events):
+            answered = engine.stats["images_encoded"]
+    assert steps >= 5 and answered == 0  # there were slices
     drain(engine)
 
 
