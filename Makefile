@@ -199,12 +199,14 @@ check-oom: ## every single allocation of a whole run made to fail
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) build/release/tests/engine/test_oom
 	QVL_TEST_OOM_STEP=1 build/release/tests/engine/test_oom
-check-long: all ## a prompt of 262,144 tokens against a direct computation (minutes)
+check-long: ## a prompt of 262,144 tokens against a direct computation (about 15 minutes)
+	@tools/deps.sh long
+	@$(MAKE) --no-print-directory -j$$(nproc) all
 	QVL_LONG_TOKENS=262144 $(PYTEST) tests/python/test_long.py -s
 check-tsan: ## the engine's thread tests under ThreadSanitizer
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=tsan -j$$(nproc) build/tsan/tests/engine/test_engine
-	build/tsan/tests/engine/test_engine
+	QVL_TEST_REQUESTS=$${QVL_TEST_REQUESTS:-400} build/tsan/tests/engine/test_engine
 
 # ---- install ----
 

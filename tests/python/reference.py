@@ -39,7 +39,7 @@ def inv_freq(config):
 def attention(q, k, v, rows, dtype):
     """Causal, of the given rows of q [n, heads, d] over all of k and v [n, kv, d]; [rows, heads * d]."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    out, step = np.empty((len(rows), heads, q.shape[2]), dtype), max(1, (1 << 26) // max(len(k), 1))
+    out, step = np.empty((len(rows), heads, q.shape[2]), dtype), max(64, (1 << 22) // len(k))
     for h in range(heads):
         keys, values = np.ascontiguousarray(k[:, h // group].T), np.ascontiguousarray(v[:, h // group])
         for a in range(0, len(rows), step):
