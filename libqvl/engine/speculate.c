@@ -23,7 +23,7 @@ int qvl__speculate(qvl__request *r, int n) {
         }
     }
     if (from < 0) return 0;
-    int have = 0;
-    for (; have < n && from + have < tokens; have++) r->draft[have] = qvl__request_token(r, from + have);
-    return have;
+    for (int i = 0; i < n; i++) /* behind the end of the sequence the guess goes on from itself: what repeats, repeats on */
+        r->draft[i] = from + i < tokens ? qvl__request_token(r, from + i) : r->draft[from + i - tokens];
+    return n;
 }
