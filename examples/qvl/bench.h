@@ -1,4 +1,7 @@
-/* bench.h - what the two modes of qvl bench share. */
+/* bench.h - what the two modes of qvl bench share.
+ * Job: random prompts, and what every entry of the results says of model and machine.
+ * Input: the tool's arguments and an open model. Output: token ids, JSON entries, a line on stdout.
+ * Invariants: the same seed draws the same tokens on every machine. */
 #ifndef QVL_TOOL_BENCH_H
 #define QVL_TOOL_BENCH_H
 
