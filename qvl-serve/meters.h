@@ -3,7 +3,7 @@
  * Job:        define every metric of /metrics in one place; read the process's own figures.
  * Input:      finished requests, engine statistics (the JSON of qvl_engine_stats), HTTP results.
  * Output:     the text of /metrics.
- * Invariants: a new metric is a line in meters.c and one in docs/metrics.md (a test compares them);
+ * Invariants: every metric is defined when the server starts;
  *             totals that the engine keeps are copied from it when /metrics is read, so they cost nothing before.
  */
 #ifndef SERVE_METERS_H
@@ -23,8 +23,9 @@ void meters_free(meters *m);
 
 /* The series of a model by its served name; the same pointer for the same name; lives as long as m. [any thread] */
 meters_model *meters_of_model(meters *m, const char *model);
-/* The model is gone: its gauges leave the output (its counters stay). */
-void meters_model_unloaded(meters_model *mm);
+/* An unloaded model's gauges leave the output; its counters stay. */
+typedef enum { METERS_UNLOADED, METERS_LOADING, METERS_READY, METERS_DRAINING } meters_state;
+void meters_model_state(meters_model *mm, meters_state state);
 
 /* One choice of a request has ended. NaN or a negative number: unknown. */
 typedef struct {
@@ -41,8 +42,6 @@ void meters_inter_token(meters_model *mm, double seconds);
 void meters_refused(meters *m, const char *reason);
 /* Copies what qvl_engine_stats tells; called when /metrics is read. Members that are missing are left alone. */
 void meters_engine(meters_model *mm, const json_t *stats);
-/* 1 loading, 2 ready, 3 draining, 0 unloaded. */
-void meters_model_state(meters_model *mm, int state);
 
 /* One HTTP exchange. route is the pattern of the route table, never the client's path. */
 void meters_http(meters *m, const char *method, const char *route, int status, double seconds);

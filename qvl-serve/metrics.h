@@ -10,6 +10,7 @@
 #ifndef SERVE_METRICS_H
 #define SERVE_METRICS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "buf.h"
@@ -30,14 +31,15 @@ metric *metrics_gauge(metrics *m, const char *name, const char *labels, const ch
 /* bounds: n growing upper bounds, without +Inf. */
 metric *metrics_histogram(metrics *m, const char *name, const char *labels, const char *help, const double *bounds, size_t n);
 
-/* The series with these values, one for each label, in order; made when it is new. Takes a lock. [any thread] */
+/* The series with these values (UTF-8, the server's own words: never what a client invents), one for each label, in
+ * order; made when it is new. Takes a lock. [any thread] */
 series *metric_series(metric *m, const char *const *values);
 /* The same by arguments: metric_get(m, "qwen", "stop"). */
 #define metric_get(m, ...) metric_series((m), (const char *const[]){__VA_ARGS__})
 /* The one series of a metric without labels. */
 #define metric_only(m) metric_series((m), NULL)
-/* Takes a series out of the output: a model that was unloaded. Its pointer stays valid. */
-void series_hide(series *s);
+/* Takes a series out of the output (a model that was unloaded) or back into it. */
+void series_hide(series *s, bool hidden);
 
 /* [any thread] */
 void series_add(series *s, double v);     /* counter (v >= 0) or gauge */
