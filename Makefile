@@ -111,9 +111,19 @@ $(B)/tests/%: tests/%.c $(LIB_A)
 	$(SAY) CC $<
 	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -o $@ $< $(LIB_A) $(LDFLAGS) -lcmocka $(LDLIBS_ALL)
 
-.PHONY: unit unit-build
-unit-build: $(UNIT_BIN)
-unit: $(UNIT_BIN) ## the C tests
+# The server's modules that know nothing of sockets: one program for each tests/serve/test_*.c.
+SERVE_PURE := $(patsubst %,$(B)/qvl-serve/%.o,buf id toolcall reasoning auth metrics meters log)
+SERVE_UNIT := $(patsubst %.c,$(B)/%,$(wildcard tests/serve/test_*.c))
+$(SERVE_UNIT): $(B)/%: %.c $(SERVE_PURE)
+	@mkdir -p $(@D)
+	$(SAY) CC $<
+	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -o $@ $< $(SERVE_PURE) $(LDFLAGS) -lcmocka -lcrypto $(LDLIBS_ALL)
+
+.PHONY: unit unit-build serve-unit
+unit-build: $(UNIT_BIN) $(SERVE_UNIT)
+serve-unit: $(SERVE_UNIT) ## the C tests of the server's modules
+	@for t in $(SERVE_UNIT); do echo "== $$t"; $$t || exit 1; done
+unit: $(UNIT_BIN) serve-unit ## the C tests
 	@$(PYTHON) tests/golden/unpack.py
 	@for t in $(UNIT_BIN); do echo "== $$t"; $$t || exit 1; done
 
