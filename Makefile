@@ -119,6 +119,8 @@ $(SERVE_UNIT): $(B)/%: %.c $(SERVE_PURE)
 	$(SAY) CC $<
 	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -o $@ $< $(SERVE_PURE) $(LDFLAGS) -lcmocka -lcrypto $(LDLIBS_ALL)
 
+$(B)/tests/serve/test_no_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
+
 .PHONY: unit unit-build serve-unit
 unit-build: $(UNIT_BIN) $(SERVE_UNIT)
 serve-unit: $(SERVE_UNIT) ## the C tests of the server's modules
