@@ -4,6 +4,7 @@ CONFIG ?= release
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
 DESTDIR ?=
+PORT ?= 8080
 B := build/$(CONFIG)
 
 VERSION := $(shell sed -n 's/^\#define QVL_VERSION "\(.*\)"/\1/p' include/qvl.h)
@@ -61,7 +62,7 @@ endif
 KERN_OBJ := $(ISAS:%=$(B)/libqvl/device/cpu/kern_%.o)
 
 .PHONY: all
-all: $(B)/libqvl.so $(LIB_A) $(B)/qvl ## library and command-line tool
+all: $(B)/libqvl.so $(LIB_A) $(B)/qvl $(B)/qvl-serve ## library, command-line tool and server
 
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
@@ -111,13 +112,35 @@ $(B)/tests/%: tests/%.c $(LIB_A)
 	$(SAY) CC $<
 	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -o $@ $< $(LIB_A) $(LDFLAGS) -lcmocka $(LDLIBS_ALL)
 
-# The server's modules that know nothing of sockets: one program for each tests/serve/test_*.c.
-SERVE_PURE := $(patsubst %,$(B)/qvl-serve/%.o,buf id toolcall reasoning auth metrics meters log)
+# The server: qvl-serve/ over qvl.h, linked with the static library.
+SERVE_PKGS := libwebsockets libuv yaml-0.1 libcurl libcrypto
+ifeq ($(filter deps help clean,$(MAKECMDGOALS)),)
+SERVE_CFLAGS := $(shell pkg-config --cflags $(SERVE_PKGS) 2>/dev/null)
+SERVE_LIBS := $(shell pkg-config --libs $(SERVE_PKGS) 2>/dev/null)
+endif
+SERVE_OBJ := $(patsubst qvl-serve/%.c,$(B)/serve/%.o,$(wildcard qvl-serve/*.c)) $(B)/assets/assets.o $(B)/assets/bytes.o
+$(B)/serve/%.o: qvl-serve/%.c
+	@mkdir -p $(@D)
+	$(SAY) CC $<
+	$(Q)$(CC) $(CPPFLAGS_ALL) -Iinclude $(SERVE_CFLAGS) -DQVL_DATADIR='"$(PREFIX)/share/qvl"' $(CFLAGS_ALL) -MMD -MP -c $< -o $@
+$(B)/assets/assets.c: tools/assets.sh qvl-serve/openapi.json $(wildcard qvl-serve/web/*)
+	$(SAY) GEN $@
+	$(Q)tools/assets.sh $(B)/assets
+$(B)/assets/assets.o: $(B)/assets/assets.c
+	$(Q)$(CC) -Iqvl-serve $(CFLAGS_ALL) -c $< -o $@
+$(B)/assets/bytes.o: $(B)/assets/assets.c
+	$(Q)$(CC) -c $(B)/assets/assets.S -o $@
+$(B)/qvl-serve: $(SERVE_OBJ) $(LIB_A)
+	$(SAY) LD $@
+	$(Q)$(CC) $(SAN) -o $@ $^ $(LDFLAGS) $(SERVE_LIBS) $(LDLIBS_ALL)
+
+# Its modules that know nothing of sockets: one program for each tests/serve/test_*.c.
+SERVE_PURE := $(patsubst %,$(B)/serve/%.o,buf id toolcall reasoning auth metrics meters log fetch)
 SERVE_UNIT := $(patsubst %.c,$(B)/%,$(wildcard tests/serve/test_*.c))
 $(SERVE_UNIT): $(B)/%: %.c $(SERVE_PURE)
 	@mkdir -p $(@D)
 	$(SAY) CC $<
-	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -o $@ $< $(SERVE_PURE) $(LDFLAGS) -lcmocka -lcrypto $(LDLIBS_ALL)
+	$(Q)$(CC) $(CPPFLAGS_ALL) $(CFLAGS_ALL) -MMD -MP -o $@ $< $(SERVE_PURE) $(LDFLAGS) -lcmocka $(SERVE_LIBS) $(LDLIBS_ALL)
 
 $(B)/tests/serve/test_no_memory: LDFLAGS += -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=strdup,--wrap=strndup
 
@@ -164,6 +187,10 @@ PYTEST = QVL_LIBRARY=$(CURDIR)/$(B)/libqvl.so PYTHONPATH=$(CURDIR)/bindings/pyth
 pytest: all ## goldens, invariance, bad inputs, the binding
 	$(PYTEST) tests/python
 
+.PHONY: serve-test
+serve-test: $(B)/qvl-serve ## the server from outside: HTTP, HTTP/2, WebSocket, keys, limits, signals
+	CONFIG=$(CONFIG) $(PYTEST) tests/serve
+
 .PHONY: tool-test abi lint docs
 tool-test: $(B)/qvl examples ## the command line, terminals included
 	QVL_BUILD=$(CURDIR)/$(B) $(PYTEST) tests/tool
@@ -183,15 +210,16 @@ docs: $(B)/qvl ## docs/options.md from the library's own table
 deps: ## install the Debian packages that are missing
 	@tools/deps.sh test
 
-run: ## describe a bundled picture with the bundled model, nothing downloaded
+run: ## describe a bundled picture with the bundled model, nothing downloaded; SERVE=1: then serve the page
 	@tools/deps.sh build
-	@$(MAKE) --no-print-directory -j$$(nproc) $(B)/qvl
+	@$(MAKE) --no-print-directory -j$$(nproc) $(B)/qvl $(if $(SERVE),$(B)/qvl-serve)
 	$(B)/qvl describe examples/images/shapes.png
+	$(if $(SERVE),@echo "The page is at the URL below; Ctrl+C ends the server."; $(B)/qvl-serve --set log.level=warn --port $(PORT))
 
 test: ## build everything, run all tests that fit ten minutes
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) all unit-build
-	@$(MAKE) --no-print-directory unit fuzz-replay pytest tool-test lint abi
+	@$(MAKE) --no-print-directory unit fuzz-replay pytest tool-test serve-test lint abi
 
 check: test ## the same as test: tests, lint and ABI together
 
@@ -201,7 +229,7 @@ check: test ## the same as test: tests, lint and ABI together
 check-asan: ## all tests under AddressSanitizer (and LeakSanitizer for the C ones)
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=asan -j$$(nproc) all unit-build
-	@$(MAKE) --no-print-directory CONFIG=asan unit fuzz-replay
+	@$(MAKE) --no-print-directory CONFIG=asan unit fuzz-replay serve-test
 	@ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) $(MAKE) --no-print-directory CONFIG=asan pytest
 check-ubsan: ## all tests under UndefinedBehaviorSanitizer
 	@tools/deps.sh test
@@ -230,7 +258,7 @@ install: all ## PREFIX=/usr/local, DESTDIR=
 	ln -sf $(notdir $(LIB_SO)) $(DESTDIR)$(LIBDIR)/libqvl.so.$(SOVERSION)
 	ln -sf $(notdir $(LIB_SO)) $(DESTDIR)$(LIBDIR)/libqvl.so
 	install -m 644 $(LIB_A) $(DESTDIR)$(LIBDIR)/
-	install -m 755 $(B)/qvl $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(B)/qvl $(B)/qvl-serve $(DESTDIR)$(PREFIX)/bin/
 	cd examples/models && find qvl-tiny -maxdepth 1 -type f -exec install -D -m 644 {} $(DESTDIR)$(PREFIX)/share/qvl/models/{} \;
 	printf 'prefix=%s\nName: qvl\nDescription: Qwen3-VL inference\nVersion: %s\nRequires.private: %s\nLibs: -L%s -lqvl\nLibs.private: -lm -lpthread\nCflags: -I%s/include\n' \
 		'$(PREFIX)' '$(VERSION)' '$(PKGS)' '$(LIBDIR)' '$(PREFIX)' > $(DESTDIR)$(LIBDIR)/pkgconfig/qvl.pc

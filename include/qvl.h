@@ -151,6 +151,8 @@ QVL_API int qvl_detokenize(const qvl_tokenizer *t, const int32_t *ids, size_t n,
  * byte, CMYK converted as Pillow does. Options: max_image_pixels, max_image_bytes, checked before decoding. [any thread] */
 QVL_API int qvl_image_from_bytes(qvl_image **out, const void *data, size_t size, const qvl_options *o);
 QVL_API int qvl_image_from_file(qvl_image **out, const char *path, const qvl_options *o);
+/* "data:image/jpeg;base64,..." of len bytes, in the forms that clients send (data:image;base64, and data:;base64, too). */
+QVL_API int qvl_image_from_data_uri(qvl_image **out, const char *uri, size_t len, const qvl_options *o);
 /* Copies width x height RGB pixels (8 bits each); row_bytes is the distance of rows, 0 for 3 * width. [any thread] */
 QVL_API int qvl_image_from_pixels(qvl_image **out, const void *rgb, int width, int height, size_t row_bytes);
 QVL_API void qvl_image_free(qvl_image *im);
@@ -196,7 +198,8 @@ QVL_API int qvl_render_chat(const qvl_model *m, const char *messages, const char
 
 /* Messages to tokens, M-RoPE positions and pixels. A content is a string or a list of parts:
  *   {"type":"text","text":T}
- *   {"type":"image"} (from media) or {"type":"image_url","image_url":{"url":"data:image/...;base64,..."}}
+ *   {"type":"image"} (from media) or {"type":"image_url","image_url":{"url":"data:image/...;base64,..."}}, both with
+ *   "min_pixels" and "max_pixels" of their own if they like
  *   {"type":"video"} (from media) or {"type":"video","video":["data:...", ...],"fps":F,"do_sample_frames":B}
  * A plain string content may hold images as markdown, ![alt](data:image/...;base64,...). Local paths and remote URLs
  * are refused: load them and pass them by media. User text never becomes a control token. Options: those of
@@ -247,6 +250,10 @@ QVL_API int qvl_engine_configure(qvl_engine *e, const qvl_options *o);
  * option n the request has n choices, each with its own events and its own finish; choice i is what seed + i alone would
  * give. [any thread] */
 QVL_API int qvl_engine_submit(qvl_engine *e, const qvl_prompt *p, const qvl_options *o, uint64_t *request);
+/* What qvl_engine_submit would say and take, without queuing: the same errors, or a JSON object {"prompt_tokens",
+ * "cached_tokens" (in the prefix cache now), "image_tokens", "max_tokens", "kv_blocks", "max_context", "images": [{"type",
+ * "width", "height", "resized_width", "resized_height", "frame_pairs", "tokens", "cached"}]}. *json with qvl_free. [any thread] */
+QVL_API int qvl_engine_check(qvl_engine *e, const qvl_prompt *p, const qvl_options *o, char **json);
 /* Ends a request at the next step, with a finished event of reason "cancelled". Unknown or ended numbers are fine:
  * returns 1 if it was alive, else 0. [any thread] */
 QVL_API int qvl_engine_cancel(qvl_engine *e, uint64_t request);

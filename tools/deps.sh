@@ -2,8 +2,10 @@
 # Installs the Debian packages that are missing. Usage: tools/deps.sh build|test|long
 # Says what it installs; does nothing when everything is there; on other systems it names what to install.
 set -eu
-build="build-essential pkg-config libjpeg62-turbo-dev libpng-dev libwebp-dev libjansson-dev libpcre2-dev libutf8proc-dev"
-test="libcmocka-dev python3 python3-numpy python3-pytest"
+build="build-essential pkg-config libjpeg62-turbo-dev libpng-dev libwebp-dev libjansson-dev libpcre2-dev libutf8proc-dev \
+libwebsockets-dev libwebsockets-evlib-uv libuv1-dev libyaml-dev libcurl4-openssl-dev libssl-dev \
+libjs-marked node-dompurify libjs-highlight.js libjs-katex fonts-katex"
+test="libcmocka-dev python3 python3-numpy python3-pytest python3-httpx python3-websockets python3-jsonschema curl openssl"
 case "${1:-}" in
 build) want=$build ;;
 test) want="$build $test" ;;
@@ -13,7 +15,7 @@ esac
 
 if ! command -v dpkg-query >/dev/null 2>&1; then
     missing=""
-    for lib in libjpeg libpng libwebp jansson libpcre2-8 libutf8proc; do
+    for lib in libjpeg libpng libwebp jansson libpcre2-8 libutf8proc libwebsockets libuv yaml-0.1 libcurl libcrypto; do
         pkg-config --exists "$lib" 2>/dev/null || missing="$missing $lib"
     done
     [ -z "$missing" ] && exit 0

@@ -119,6 +119,11 @@ public:
         check(qvl_image_from_file(&p, path.c_str(), detail::raw(o)));
         return image(p);
     }
+    static image from_data_uri(const std::string &uri, const options *o = nullptr) {
+        qvl_image *p = nullptr;
+        check(qvl_image_from_data_uri(&p, uri.data(), uri.size(), detail::raw(o)));
+        return image(p);
+    }
     static image from_bytes(const void *data, std::size_t size, const options *o = nullptr) {
         qvl_image *p = nullptr;
         check(qvl_image_from_bytes(&p, data, size, detail::raw(o)));
@@ -402,6 +407,11 @@ public:
         std::uint64_t request = 0;
         check(qvl_engine_submit(get(), p.get(), detail::raw(o), &request));
         return request;
+    }
+    std::string check_request(const prompt &p, const options *o = nullptr) { // what submit would say and take: a JSON object
+        char *json = nullptr;
+        check(qvl_engine_check(get(), p.get(), detail::raw(o), &json));
+        return detail::take_string(json);
     }
     bool cancel(std::uint64_t request) { return check(qvl_engine_cancel(get(), request)) != 0; }
     void wake() { check(qvl_engine_wake(get())); }

@@ -17,6 +17,14 @@ int qvl_image_from_bytes(qvl_image **out, const void *data, size_t size, const q
     return qvl__image_decode(out, data, size, &limits);
 }
 
+int qvl_image_from_data_uri(qvl_image **out, const char *uri, size_t len, const qvl_options *o) {
+    if (!out) return qvl__fail(QVL_EINVAL, "qvl_image_from_data_uri: out is NULL");
+    *out = NULL;
+    if (!uri) return qvl__fail(QVL_EINVAL, "qvl_image_from_data_uri: uri is NULL");
+    qvl__image_limits limits = qvl__image_limits_of(o);
+    return qvl__image_from_data_uri(out, uri, len, &limits);
+}
+
 int qvl_image_from_file(qvl_image **out, const char *path, const qvl_options *o) {
     if (!out) return qvl__fail(QVL_EINVAL, "qvl_image_from_file: out is NULL");
     *out = NULL;

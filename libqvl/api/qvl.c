@@ -113,7 +113,9 @@ int qvl_patches(const qvl_model *m, const qvl_image *im, const qvl_options *o, f
     if (!m || !im || !patches || !thw) return qvl__fail(QVL_EINVAL, "qvl_patches: an argument is NULL");
     *patches = NULL;
     qvl__visual *v;
-    int rc = qvl__visual_from_image(&v, &m->config, im, o, m->pool);
+    qvl__pixels bounds;
+    int rc = qvl__pixels_read(&bounds, o, "min_pixels", "max_pixels");
+    if (rc == 0) rc = qvl__visual_from_image(&v, &m->config, im, bounds, m->pool);
     if (rc) return rc;
     int n = v->h * v->w, p = m->config.processor.patch;
     float *f = qvl__array(NULL, (size_t)n, 1536 * sizeof(float));
@@ -130,7 +132,9 @@ int qvl_encode_image(const qvl_model *m, const qvl_image *im, const qvl_options 
     if (!m || !im || !out) return qvl__fail(QVL_EINVAL, "qvl_encode_image: an argument is NULL");
     *out = NULL;
     qvl__visual *v;
-    int rc = qvl__visual_from_image(&v, &m->config, im, o, m->pool);
+    qvl__pixels bounds;
+    int rc = qvl__pixels_read(&bounds, o, "min_pixels", "max_pixels");
+    if (rc == 0) rc = qvl__visual_from_image(&v, &m->config, im, bounds, m->pool);
     if (rc) return rc;
     rc = qvl__vision_forward((qvl_model *)(uintptr_t)m, v, out);
     qvl__visual_free(v);

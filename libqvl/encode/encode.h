@@ -158,14 +158,21 @@ int qvl__embedding_from_bytes(qvl_embedding **out, const uint8_t weights_id[32],
 typedef struct {
     int t, h, w;          /* patch grid: temporal pairs, rows, columns */
     int tokens;           /* t * h * w / merge^2 */
+    int source_h, source_w; /* pixels before resizing; 0 of an embedding */
     bool video;
     uint8_t *frames;      /* 1 (image) or 2t frames of [h * patch][w * patch][3]; NULL when embedding is given */
     qvl_embedding *embedding; /* owned reference when the embedding was given, else NULL */
     uint8_t hash[32];     /* SHA-256 over kind, grid and pixels */
 } qvl__visual;
 void qvl__visual_free(qvl__visual *v);
+/* Bounds on an image's pixels after resizing; 0 for the model's own. */
+typedef struct {
+    int64_t min, max;
+} qvl__pixels;
+/* Those of the options. QVL_EINVAL when min is above max. */
+int qvl__pixels_read(qvl__pixels *b, const qvl_options *o, const char *min_name, const char *max_name);
 /* Resizes im for the model's processor. */
-int qvl__visual_from_image(qvl__visual **out, const qvl__config *c, const qvl_image *im, const qvl_options *o, qvl__pool *pool);
+int qvl__visual_from_image(qvl__visual **out, const qvl__config *c, const qvl_image *im, qvl__pixels b, qvl__pool *pool);
 /* An embedding in the place of its image; QVL_EINVAL when another model made it. */
 int qvl__visual_from_embedding(qvl__visual **out, const qvl__config *c, const uint8_t weights_id[32], const qvl_embedding *e);
 

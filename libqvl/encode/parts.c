@@ -86,22 +86,41 @@ static int video_frames(const qvl__segment *s, const json_t **frames) {
 
 /* ---------------------------------------------------------------------------------------------------------- images */
 
+/* The options' bounds, or a part's own: "min_pixels" and "max_pixels" beside its image, as qwen-vl-utils takes them. */
+static int image_bounds(const resolver *r, const qvl__segment *s, qvl__pixels *b) {
+    int rc = qvl__pixels_read(b, r->options, "min_pixels", "max_pixels");
+    if (rc < 0) return rc;
+    static const char *const names[] = {"min_pixels", "max_pixels"};
+    for (int i = 0; i < 2; i++) {
+        const json_t *v = s->uri ? NULL : json_object_get(s->part, names[i]);
+        if (!given(v)) continue;
+        if (!json_is_integer(v) || json_integer_value(v) < 1 || json_integer_value(v) > INT32_MAX)
+            return at(qvl__fail(QVL_EINVAL, "%s must be an integer from 1 to %d", names[i], INT32_MAX), s);
+        *(i ? &b->max : &b->min) = json_integer_value(v);
+    }
+    if (b->min > 0 && b->max > 0 && b->min > b->max)
+        return at(qvl__fail(QVL_EINVAL, "min_pixels is %lld, above max_pixels, which is %lld", (long long)b->min, (long long)b->max), s);
+    return 0;
+}
+
 static int resolve_image(resolver *r, const qvl__segment *s, qvl__visual **out) {
     const qvl__encoder *e = r->encoder;
     const char *uri;
     size_t len;
-    int rc = image_uri(s, &uri, &len);
+    qvl__pixels bounds;
+    int rc = image_bounds(r, s, &bounds);
+    if (rc == 0) rc = image_uri(s, &uri, &len);
     if (rc < 0) return rc;
     if (rc == 1) {
         qvl_image *im;
         if ((rc = decode(&im, uri, len, &r->limits)) < 0) return at(rc, s);
-        rc = qvl__visual_from_image(out, e->config, im, r->options, e->pool);
+        rc = qvl__visual_from_image(out, e->config, im, bounds, e->pool);
         qvl__image_unref(im);
         return rc < 0 ? at(rc, s) : 0;
     }
     const struct qvl__media_item *item = &r->media->items[r->next++];
     if (item->kind == QVL__MEDIA_EMBEDDING) rc = qvl__visual_from_embedding(out, e->config, e->weights_id, item->embedding);
-    else rc = qvl__visual_from_image(out, e->config, item->frames[0], r->options, e->pool);
+    else rc = qvl__visual_from_image(out, e->config, item->frames[0], bounds, e->pool);
     return rc < 0 ? at(rc, s) : 0;
 }
 

@@ -24,14 +24,12 @@ void qvl__visual_free(qvl__visual *v) {
     qvl__free(v);
 }
 
-/* The limits in force: an option that is set, else the processor's. A minimum above the maximum is a mistake only when
- * the caller set both; otherwise smart_resize does with it what transformers does. */
-static int pixel_limits(int64_t *min, int64_t *max, const qvl_options *o, const char *min_name, const char *max_name) {
-    int64_t a = qvl__opt_i64(o, min_name), b = qvl__opt_i64(o, max_name);
-    if (a > 0 && b > 0 && a > b)
-        return qvl__fail(QVL_EINVAL, "%s is %lld, above %s, which is %lld", min_name, (long long)a, max_name, (long long)b);
-    if (a > 0) *min = a;
-    if (b > 0) *max = b;
+/* A minimum above the maximum is a mistake only when the caller set both; otherwise smart_resize does with it what
+ * transformers does. */
+int qvl__pixels_read(qvl__pixels *b, const qvl_options *o, const char *min_name, const char *max_name) {
+    *b = (qvl__pixels){qvl__opt_i64(o, min_name), qvl__opt_i64(o, max_name)};
+    if (b->min > 0 && b->max > 0 && b->min > b->max)
+        return qvl__fail(QVL_EINVAL, "%s is %lld, above %s, which is %lld", min_name, (long long)b->min, max_name, (long long)b->max);
     return 0;
 }
 
@@ -60,15 +58,17 @@ static void set_hash(qvl__visual *v, const qvl__processor *p) {
     qvl__sha256_end(&s, v->hash);
 }
 
-int qvl__visual_from_image(qvl__visual **out, const qvl__config *c, const qvl_image *im, const qvl_options *o, qvl__pool *pool) {
+int qvl__visual_from_image(qvl__visual **out, const qvl__config *c, const qvl_image *im, qvl__pixels b, qvl__pool *pool) {
     const qvl__processor *p = &c->processor;
-    int64_t min = p->min_pixels, max = p->max_pixels;
+    int64_t min = b.min > 0 ? b.min : p->min_pixels, max = b.max > 0 ? b.max : p->max_pixels;
     int h, w;
     qvl__visual *v;
     *out = NULL;
-    int rc = pixel_limits(&min, &max, o, "min_pixels", "max_pixels");
-    if (rc < 0 || (rc = qvl__smart_resize(im->height, im->width, p->patch * p->merge, min, max, &h, &w)) < 0) return rc;
+    int rc = qvl__smart_resize(im->height, im->width, p->patch * p->merge, min, max, &h, &w);
+    if (rc < 0) return rc;
     if ((rc = visual_new(&v)) < 0) return rc;
+    v->source_h = im->height;
+    v->source_w = im->width;
     rc = set_grid(v, p, 1, h, w);
     if (rc == 0) rc = qvl__resize_bicubic(v->frames, h, w, im->rgb, im->height, im->width, pool);
     if (rc < 0) {
@@ -105,15 +105,18 @@ int qvl__visual_from_embedding(qvl__visual **out, const qvl__config *c, const ui
 
 int qvl__video_begin(qvl__video *b, const qvl__config *c, size_t n, int height, int width, const qvl_options *o) {
     const qvl__processor *p = &c->processor;
-    int64_t min = p->video_min_pixels, max = p->video_max_pixels;
+    qvl__pixels bounds;
     *b = (qvl__video){.processor = p, .n = n, .src_height = height, .src_width = width};
     if (n == 0) return qvl__fail(QVL_EINVAL, "a video needs at least one frame");
     if (n > INT32_MAX - (size_t)p->temporal) return qvl__fail(QVL_ELIMIT, "%zu frames are too many for a video", n);
-    int rc = pixel_limits(&min, &max, o, "video_min_pixels", "video_max_pixels");
+    int rc = qvl__pixels_read(&bounds, o, "video_min_pixels", "video_max_pixels");
     if (rc < 0) return rc;
+    int64_t min = bounds.min > 0 ? bounds.min : p->video_min_pixels, max = bounds.max > 0 ? bounds.max : p->video_max_pixels;
     rc = qvl__smart_resize_video((int)n, height, width, p->patch * p->merge, p->temporal, min, max, &b->height, &b->width);
     if (rc < 0 || (rc = visual_new(&b->visual)) < 0) return rc;
     b->visual->video = true;
+    b->visual->source_h = height;
+    b->visual->source_w = width;
     const size_t pairs = (n + (size_t)p->temporal - 1) / (size_t)p->temporal;
     if ((rc = set_grid(b->visual, p, pairs * (size_t)p->temporal, b->height, b->width)) < 0) qvl__video_abort(b);
     return rc;

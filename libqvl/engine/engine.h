@@ -182,6 +182,8 @@ int qvl__plan_make(qvl__plan *p, const qvl_model *m, const qvl_options *o);
 /* ---- request.c ---- */
 /* A request for choice number choice; seed is the request's. Takes all memory that the request will ever need. */
 int qvl__request_new(qvl__request **out, qvl_engine *e, const qvl_prompt *p, const qvl_options *o, int choice, int64_t seed);
+/* The same without its pictures: read and checked, not to be run. */
+int qvl__request_draft(qvl__request **out, qvl_engine *e, const qvl_prompt *p, const qvl_options *o, int choice, int64_t seed);
 void qvl__request_free(qvl_engine *e, qvl__request *r);
 /* The pad run that token i of the prompt lies in; NULL when it is text. */
 const qvl__run *qvl__prompt_run(const qvl_prompt *p, int i);
@@ -206,6 +208,8 @@ int qvl__pictures_take(qvl_engine *e, qvl__request *r);
 void qvl__pictures_give(qvl_engine *e, qvl__request *r);
 /* The embedding of visual i; NULL until it is there. */
 const qvl_embedding *qvl__picture_embedding(const qvl__request *r, int i);
+/* Whether the embedding of these pixels is there. [lock held] */
+bool qvl__picture_known(qvl_engine *e, const uint8_t hash[32]);
 /* What encoding the pictures that r had to wait for took. */
 double qvl__pictures_ms(const qvl__request *r);
 /* Whether a running request waits for a picture. */

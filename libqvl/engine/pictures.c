@@ -95,6 +95,11 @@ int qvl__pictures_take(qvl_engine *e, qvl__request *r) {
     return 0;
 }
 
+bool qvl__picture_known(qvl_engine *e, const uint8_t hash[32]) {
+    const qvl__picture *x = find(e, hash);
+    return x && x->done > 0;
+}
+
 void qvl__pictures_give(qvl_engine *e, qvl__request *r) {
     for (int i = 0; i < r->prompt->n_visuals; i++) {
         if (!r->pictures[i]) continue;

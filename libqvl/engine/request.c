@@ -111,14 +111,25 @@ static int fill(qvl__request *r, qvl_engine *e, const qvl_options *o, int64_t se
     return rc;
 }
 
-int qvl__request_new(qvl__request **out, qvl_engine *e, const qvl_prompt *p, const qvl_options *o, int choice, int64_t seed) {
+int qvl__request_draft(qvl__request **out, qvl_engine *e, const qvl_prompt *p, const qvl_options *o, int choice, int64_t seed) {
     qvl__request *r = *out = qvl__calloc(1, sizeof *r);
     if (!r) return QVL_ENOMEM;
     r->choice = choice;
     r->prompt = (qvl_prompt *)(uintptr_t)p;
     atomic_fetch_add(&r->prompt->refs, 1);
     int rc = fill(r, e, o, seed);
-    if (rc == 0 && p->n_visuals && !(r->pictures = qvl__calloc((size_t)p->n_visuals, sizeof *r->pictures))) rc = QVL_ENOMEM;
+    if (rc) {
+        qvl__request_free(e, r);
+        *out = NULL;
+    }
+    return rc;
+}
+
+int qvl__request_new(qvl__request **out, qvl_engine *e, const qvl_prompt *p, const qvl_options *o, int choice, int64_t seed) {
+    int rc = qvl__request_draft(out, e, p, o, choice, seed);
+    if (rc) return rc;
+    qvl__request *r = *out;
+    if (p->n_visuals && !(r->pictures = qvl__calloc((size_t)p->n_visuals, sizeof *r->pictures))) rc = QVL_ENOMEM;
     if (rc == 0 && p->n_visuals) {
         pthread_mutex_lock(&e->lock);
         rc = qvl__pictures_take(e, r);

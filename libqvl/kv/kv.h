@@ -10,6 +10,8 @@
 #ifndef QVL__KV_H
 #define QVL__KV_H
 
+#include <pthread.h>
+
 #include "../device/device.h"
 
 /* 128 bits of a SHA-256 chain over everything up to the end of a block. */
@@ -25,6 +27,7 @@ typedef struct {
     qvl__key *key;        /* of a named block; {0, 0} otherwise */
     int32_t *slots;       /* hash table from key to block, -1 empty; a power of two, at most half full */
     int n_slots;
+    pthread_mutex_t names; /* held while names change, for qvl__blocks_knows; all else belongs to the stepping thread */
 } qvl__blocks;
 
 /* ---- pages.c ---- */
@@ -40,6 +43,8 @@ int32_t qvl__blocks_share(qvl__blocks *b, qvl__key key);
 static inline void qvl__blocks_hold(qvl__blocks *b, int32_t block) { b->refs[block]++; }
 /* Says what a held block now holds. When another block of the same contents is known already, nothing happens. */
 void qvl__blocks_name(qvl__blocks *b, int32_t block, qvl__key key);
+/* Whether the contents of that name are there now. [any thread] */
+bool qvl__blocks_knows(qvl__blocks *b, qvl__key key);
 void qvl__blocks_give(qvl__blocks *b, const int32_t *table, int n);
 static inline int qvl__blocks_left(const qvl__blocks *b) { return b->n_free + b->n_kept; }
 static inline int qvl__blocks_held(const qvl__blocks *b) { return b->total - b->n_free - b->n_kept; }

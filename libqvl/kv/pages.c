@@ -15,7 +15,7 @@ static bool same(qvl__key x, qvl__key y) { return x.lo == y.lo && x.hi == y.hi; 
 
 int qvl__blocks_init(qvl__blocks *b, int total) {
     size_t n = (size_t)total;
-    *b = (qvl__blocks){.total = total, .n_free = total, .n_slots = 4};
+    *b = (qvl__blocks){.total = total, .n_free = total, .n_slots = 4, .names = PTHREAD_MUTEX_INITIALIZER};
     while (b->n_slots < 2 * total) b->n_slots *= 2;
     b->refs = qvl__calloc(n, sizeof *b->refs);
     b->free = qvl__array(NULL, n, sizeof *b->free);
@@ -47,6 +47,7 @@ static int slot_of(const qvl__blocks *b, qvl__key key) {
 
 /* Takes a block out of the table; entries behind it that probed past its slot move up. */
 static void forget(qvl__blocks *b, int32_t block) {
+    pthread_mutex_lock(&b->names);
     int mask = b->n_slots - 1, hole = slot_of(b, b->key[block]);
     for (int i = (hole + 1) & mask; b->slots[i] >= 0; i = (i + 1) & mask) {
         int home = (int)(b->key[b->slots[i]].lo & (uint64_t)mask);
@@ -56,6 +57,7 @@ static void forget(qvl__blocks *b, int32_t block) {
     }
     b->slots[hole] = -1;
     b->key[block] = (qvl__key){0};
+    pthread_mutex_unlock(&b->names);
 }
 
 /* ---- list of kept blocks, oldest first ---- */
@@ -102,8 +104,17 @@ int32_t qvl__blocks_share(qvl__blocks *b, qvl__key key) {
 void qvl__blocks_name(qvl__blocks *b, int32_t block, qvl__key key) {
     int slot = slot_of(b, key);
     if (b->slots[slot] >= 0 || has_key(b, block)) return;
+    pthread_mutex_lock(&b->names);
     b->slots[slot] = block;
     b->key[block] = key;
+    pthread_mutex_unlock(&b->names);
+}
+
+bool qvl__blocks_knows(qvl__blocks *b, qvl__key key) {
+    pthread_mutex_lock(&b->names);
+    bool known = b->slots[slot_of(b, key)] >= 0;
+    pthread_mutex_unlock(&b->names);
+    return known;
 }
 
 /* The last blocks of a sequence are given back first: they are the first to go, because a prefix without its beginning is

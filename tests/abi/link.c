@@ -33,6 +33,7 @@
     X(int, qvl_tokenize, (const qvl_tokenizer *, const char *, size_t, int, int32_t **, size_t *)) \
     X(int, qvl_detokenize, (const qvl_tokenizer *, const int32_t *, size_t, int, char **, size_t *)) \
     X(int, qvl_image_from_bytes, (qvl_image **, const void *, size_t, const qvl_options *)) \
+    X(int, qvl_image_from_data_uri, (qvl_image **, const char *, size_t, const qvl_options *)) \
     X(int, qvl_image_from_file, (qvl_image **, const char *, const qvl_options *)) \
     X(int, qvl_image_from_pixels, (qvl_image **, const void *, int, int, size_t)) \
     X(void, qvl_image_free, (qvl_image *)) \
@@ -62,6 +63,7 @@
     X(int, qvl_engine_new, (qvl_engine **, qvl_model *, const qvl_options *)) \
     X(void, qvl_engine_free, (qvl_engine *)) \
     X(int, qvl_engine_submit, (qvl_engine *, const qvl_prompt *, const qvl_options *, uint64_t *)) \
+    X(int, qvl_engine_check, (qvl_engine *, const qvl_prompt *, const qvl_options *, char **)) \
     X(int, qvl_engine_cancel, (qvl_engine *, uint64_t)) \
     X(int, qvl_engine_plan, (const qvl_model *, const qvl_options *, char **)) \
     X(int, qvl_engine_configure, (qvl_engine *, const qvl_options *)) \

@@ -19,9 +19,10 @@ forward: kv encode checkpoint device base include
 engine: forward stream sample kv encode checkpoint device base include
 api: engine forward stream sample kv encode checkpoint device base include
 examples/qvl:
+qvl-serve:
 '
 fail=0
-for file in $(find include libqvl examples bindings -name '*.c' -o -name '*.h' -o -name '*.hpp' | LC_ALL=C sort); do
+for file in $(find include libqvl qvl-serve examples bindings -name '*.c' -o -name '*.h' -o -name '*.hpp' | LC_ALL=C sort); do
     dir=$(dirname "$file")
     folder=${dir#libqvl/}
     case $folder in
@@ -43,7 +44,7 @@ for file in $(find include libqvl examples bindings -name '*.c' -o -name '*.h' -
         fail=1
     done
     case $folder in # the outside knows qvl.h only, whatever the quotes
-    examples* | bindings/*)
+    examples* | bindings/* | qvl-serve)
         if grep -nE '^[ \t]*#[ \t]*include.*(libqvl/|base\.h|engine\.h)' "$file" >&2; then
             echo "lint: $file: only qvl.h may be included" >&2
             fail=1

@@ -430,9 +430,9 @@ static void visual_identity(void **state) {
     rgb[1000] ^= 1;
     OK(qvl_image_from_pixels(&other, rgb, 256, 256, 0));
     qvl__visual *a, *b, *c, *v;
-    OK(qvl__visual_from_image(&a, &config, im, NULL, NULL));
-    OK(qvl__visual_from_image(&b, &config, im, NULL, NULL));
-    OK(qvl__visual_from_image(&c, &config, other, NULL, NULL));
+    OK(qvl__visual_from_image(&a, &config, im, (qvl__pixels){0}, NULL));
+    OK(qvl__visual_from_image(&b, &config, im, (qvl__pixels){0}, NULL));
+    OK(qvl__visual_from_image(&c, &config, other, (qvl__pixels){0}, NULL));
     assert_memory_equal(a->hash, b->hash, 32);
     assert_memory_not_equal(a->hash, c->hash, 32); /* one bit of one pixel */
     qvl__video build;

@@ -96,7 +96,7 @@ static void towers(void **state) {
             snprintf(path, sizeof path, "tests/golden/images/%s", images[k]);
             snprintf(prefix, sizeof prefix, "vision.%d", k);
             OK(qvl_image_from_file(&im, path, NULL));
-            OK(qvl__visual_from_image(&v, &m->config, im, NULL, m->pool));
+            OK(qvl__visual_from_image(&v, &m->config, im, (qvl__pixels){0}, m->pool));
             image = fmax(image, compare(m, v, prefix));
             qvl__visual_free(v);
             qvl_image_free(im);

@@ -122,6 +122,17 @@ class Engine(Handle):
             check(lib.qvl_engine_submit(self, prompt, o, C.byref(number)))
         return number.value
 
+    def check(self, prompt: Union["Prompt", Sequence[int]], **sampling: Any) -> Dict[str, Any]:
+        """What submit would say and take, without queuing: the same errors, or prompt_tokens, cached_tokens, image_tokens,
+        max_tokens, kv_blocks and images with their sizes, tokens and whether their embedding is there."""
+        from .model import Prompt
+        if not isinstance(prompt, Prompt):
+            prompt = self._model.prompt_from_tokens(prompt)
+        text = C.c_void_p()
+        with Options(sampling) as o:
+            check(lib.qvl_engine_check(self, prompt, o, C.byref(text)))
+        return json.loads(take_text(text))
+
     def cancel(self, request: int) -> bool:
         """Ends a request: its "finished" event with reason "cancelled" comes with the next step. True when it was alive."""
         return 0 <= request < 2**64 and check(lib.qvl_engine_cancel(self, request)) == 1
