@@ -143,7 +143,7 @@ document.getElementById("filter").addEventListener("input", (event) => {
   for (const e of document.querySelectorAll("[data-words]")) e.hidden = !e.dataset.words.includes(words);
 });
 
-fetch("openapi.json").then((r) => {
+fetch("/openapi.json").then((r) => {
   if (!r.ok) throw new Error(`status ${r.status}`);
   return r.json();
 }).then((document_) => {
