@@ -75,7 +75,7 @@ export async function draw(text, pictures) {
       const group = svg("g", { class: `hue${i % 8}` });
       if (s.point) group.append(svg("circle", { cx: s.px[0], cy: s.px[1], r: unit * 1.1 }));
       else group.append(svg("rect", { x: s.px[0], y: s.px[1], width: Math.max(1, s.px[2] - s.px[0]), height: Math.max(1, s.px[3] - s.px[1]), rx: unit / 2 }));
-      const label = svg("text", { x: s.px[0] + unit / 2, y: Math.max(unit * 3.4, s.px[1] - unit * 0.8), "font-size": unit * 3.2 });
+      const label = svg("text", { x: s.px[0] + unit / 2, y: s.px[1] });
       label.textContent = s.label || String(i + 1);
       group.append(label);
       over.append(group);
@@ -90,6 +90,14 @@ export async function draw(text, pictures) {
       item.addEventListener("blur", () => mark(false));
       list.append(item);
     });
+    const letters = () => { // as large on the screen as other small text, whatever the picture's size
+      const size = 13 * p.width / (image.clientWidth || p.width);
+      for (const e of over.querySelectorAll("text")) {
+        e.setAttribute("font-size", size);
+        e.setAttribute("dy", Number(e.getAttribute("y")) > size * 1.4 ? -size * 0.4 : size * 1.1);
+      }
+    };
+    new ResizeObserver(letters).observe(frame);
     const caption = document.createElement("figcaption");
     caption.append(`${t("boxes", { n: mine.length })} · ${p.width} × ${p.height} ${t("pixels")}`);
     if (pictures.length > 1) {
