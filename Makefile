@@ -191,6 +191,23 @@ pytest: all ## goldens, invariance, bad inputs, the binding
 serve-test: $(B)/qvl-serve ## the server from outside: HTTP, HTTP/2, WebSocket, keys, limits, signals
 	CONFIG=$(CONFIG) $(PYTEST) tests/serve
 
+$(B)/tests/load/bare: tests/load/bare.c
+	@mkdir -p $(@D)
+	$(SAY) CC $<
+	$(Q)$(CC) $(CPPFLAGS_ALL) $(SERVE_CFLAGS) $(CFLAGS_ALL) -o $@ $< $(SERVE_LIBS)
+VENV := build/venv/bin/python
+.PHONY: check-clients check-page check-load
+check-clients: $(B)/qvl-serve ## the server with OpenAI's and LangChain's clients, locust, schemathesis (PyPI packages in build/venv)
+	@tools/test_venv.sh clients
+	$(VENV) -m pytest -q -p no:cacheprovider tests/clients
+check-page: $(B)/qvl-serve ## the page in Debian's chromium (Playwright in build/venv); screenshots in build/screenshots
+	@tools/test_venv.sh page
+	$(VENV) -m pytest -q -p no:cacheprovider tests/web
+check-load: $(B)/qvl-serve $(B)/tests/load/bare ## 200 streams for ten minutes, clients that leave, overhead, 10,000 idle connections
+	@tools/test_venv.sh clients
+	$(VENV) tests/load/soak.py
+	$(VENV) tests/load/overhead.py
+
 .PHONY: tool-test abi lint docs
 tool-test: $(B)/qvl examples ## the command line, terminals included
 	QVL_BUILD=$(CURDIR)/$(B) $(PYTEST) tests/tool

@@ -20,6 +20,7 @@
 #include "ws.h"
 
 #define PIECE (32 << 10)
+#define SMALL (16 << 10)
 #define FRAME 16000 /* HTTP/2: a DATA frame of at most 16,384 bytes (RFC 9113 4.2) */
 #define MAX_DISCARD_S 5 /* how long the rest of a refused body is read, so that the client gets to see why */
 
@@ -120,7 +121,8 @@ static int add_header(exchange *x, const char *name, const char *value, unsigned
 }
 
 static int write_head(exchange *x) {
-    unsigned char head[LWS_PRE + 4096], *start = head + LWS_PRE, *p = start, *end = head + sizeof head - 1;
+    static unsigned char head[LWS_PRE + 4096 + SMALL]; /* the loop's: one thread */
+    unsigned char *start = head + LWS_PRE, *p = start, *end = start + 4095;
     if (lws_add_http_header_status(x->wsi, (unsigned)x->status, &p, end)) return -1;
     char *save = NULL;
     for (char *line = x->headers.data ? strtok_r(x->headers.data, "\r\n", &save) : NULL; line; line = strtok_r(NULL, "\r\n", &save)) {
@@ -153,9 +155,16 @@ static int write_head(exchange *x) {
         buf_clear(&x->out);
         x->out_at = 0;
     }
+    bool small = !x->http2 && !x->streaming && !bare && n <= SMALL; /* head and body in one write */
+    if (small) {
+        memcpy(p, x->fixed ? x->fixed : x->out.data, n);
+        p += n;
+        x->bytes_out += n;
+        x->out_at = n;
+    }
     if (lws_write(x->wsi, start, (size_t)(p - start), (enum lws_write_protocol)flags) < 0) return -1;
     x->head_sent = true;
-    return bare && !x->streaming;
+    return small || (bare && !x->streaming);
 }
 
 /* 1: everything was written. */
@@ -342,10 +351,16 @@ static int on_writable(session *s) {
     return lws_http_transaction_completed(wsi) ? -1 : 0;
 }
 
+/* An answer that is there at once goes out at once: a socket that just brought a request takes one. */
+static int answer_now(session *s) {
+    exchange *x = s->exchange;
+    return x && x->ready && x->over && !x->head_sent && !x->discard && !x->http2 ? on_writable(s) : 0;
+}
+
 static int callback(struct lws *wsi, enum lws_callback_reasons reason, void *user, void *in, size_t len) {
     session *s = user;
     switch (reason) {
-    case LWS_CALLBACK_HTTP: return on_request(wsi, s);
+    case LWS_CALLBACK_HTTP: return on_request(wsi, s) ? -1 : answer_now(s);
     case LWS_CALLBACK_HTTP_BODY: return s->exchange ? on_body(s->exchange, in, len) : 0;
     case LWS_CALLBACK_HTTP_BODY_COMPLETION:
         if (!s->exchange) return 0;
@@ -357,7 +372,7 @@ static int callback(struct lws *wsi, enum lws_callback_reasons reason, void *use
         }
         lws_set_timeout(wsi, NO_PENDING_TIMEOUT, 0);
         if (!s->exchange->ready) route_run(s->exchange);
-        return 0;
+        return answer_now(s);
     case LWS_CALLBACK_HTTP_WRITEABLE: return on_writable(s);
     case LWS_CALLBACK_HTTP_DROP_PROTOCOL:
     case LWS_CALLBACK_CLOSED_HTTP:

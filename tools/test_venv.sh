@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 case "${1:-}" in
-clients) want="openai locust schemathesis httpx pytest langchain-openai" deb="python3-venv" ;;
+clients) want="openai locust schemathesis httpx jsonschema pytest langchain-openai" deb="python3-venv wrk" ;;
 page) want="playwright pytest" deb="python3-venv chromium fonts-noto-cjk" ;;
 *) echo "usage: tools/test_venv.sh clients|page" >&2; exit 2 ;;
 esac

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import IMAGES, data_uri, image, user
+from serving import IMAGES, data_uri, image, user
 
 ASK = user("What do you see?", image(data_uri()))
 

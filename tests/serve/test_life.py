@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 
-from conftest import API, BINARY, ROOT, SLOW, data_uri, image, user
+from serving import API, BINARY, ROOT, SLOW, data_uri, image, user
 
 LONG = {"model": "qvl-tiny", "messages": user("Hello"), "max_tokens": 3500, "ignore_eos": True, "temperature": 0}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import websockets
 
-from conftest import IMAGES, data_uri, image, user
+from serving import IMAGES, data_uri, image, user
 
 
 def run(server, talk, **kw):
