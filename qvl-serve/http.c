@@ -270,6 +270,11 @@ static exchange *begin(struct lws *wsi, session *s) {
 static bool body_allowed(exchange *x, bool *comes) {
     char text[64];
     copy_header(x->wsi, WSI_TOKEN_HTTP_CONTENT_LENGTH, text, sizeof text);
+    if (lws_hdr_total_length(x->wsi, WSI_TOKEN_HTTP_CONTENT_LENGTH) > 19 || text[strspn(text, "0123456789")]) {
+        x->close = true; /* sent twice or not a number: nobody can tell where the body ends (RFC 9112 6.3) */
+        exchange_fail(x, 400, "invalid_request_error", "bad_content_length", "the Content-Length header has to be one number");
+        return false;
+    }
     *comes = text[0] && strtoull(text, NULL, 10) > 0;
     if (!text[0] && lws_hdr_total_length(x->wsi, WSI_TOKEN_HTTP_TRANSFER_ENCODING) > 0) {
         x->close = true; /* what follows cannot be told from the next request */
@@ -293,6 +298,13 @@ static bool body_allowed(exchange *x, bool *comes) {
     return true;
 }
 
+/* Once: libwebsockets may tell of the end of one body twice, when more bytes follow it. */
+static void run(exchange *x) {
+    if (x->ready || x->ran) return;
+    x->ran = true;
+    route_run(x);
+}
+
 static int on_request(struct lws *wsi, session *s) {
     exchange *x = begin(wsi, s);
     if (!x) return -1;
@@ -307,7 +319,7 @@ static int on_request(struct lws *wsi, session *s) {
         }
         return 0;
     }
-    if (!comes) route_run(x);
+    if (!comes) run(x);
     return 0;
 }
 
@@ -322,6 +334,7 @@ static int on_body(exchange *x, const void *data, size_t n) {
                       (unsigned long long)route_max_body(x));
         return 0;
     }
+    if (x->ran) return 0;
     buf_add(&x->body, data, n);
     if (x->body.failed) {
         x->discard = x->close = true;
@@ -371,7 +384,7 @@ static int callback(struct lws *wsi, enum lws_callback_reasons reason, void *use
             return said && !x->http2 ? -1 : 0;
         }
         lws_set_timeout(wsi, NO_PENDING_TIMEOUT, 0);
-        if (!s->exchange->ready) route_run(s->exchange);
+        run(s->exchange);
         return answer_now(s);
     case LWS_CALLBACK_HTTP_WRITEABLE: return on_writable(s);
     case LWS_CALLBACK_HTTP_DROP_PROTOCOL:

@@ -41,6 +41,7 @@ struct exchange {
     auth_key *key;
     bool entered;     /* auth_enter counted it */
     bool head, http2, deflate, discard, drained; /* discard: the rest of the body is not wanted; drained: and has come */
+    bool ran;         /* route_run was called: it is, once */
     buf body;
     uint64_t body_bytes;
     double started;

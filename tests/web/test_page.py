@@ -200,7 +200,7 @@ def test_real_boxes_of_the_bundled_model(new_page):
     page.evaluate("localStorage.setItem('qvl.settings', JSON.stringify({temperature: '0'}))")
     page.reload()
     expect(page.locator("#model-dot")).to_have_attribute("data-state", "ready")
-    ask(page, "Locate the purple heart, output its bbox coordinates using JSON format.", "heart.jpg")
+    ask(page, "Locate the red heart, output its bbox coordinates using JSON format.", "heart.jpg")
     expect(page.locator(".frame rect")).to_have_count(1)
     shot(page, "real_boxes")
 
