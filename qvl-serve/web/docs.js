@@ -75,6 +75,7 @@ function folded(title, schema) {
 
 function content(map) {
   return Object.entries(map || {}).map(([type, media]) => {
+    if (!media.schema) return make("p", null, make("code", null, type)); // a stream of events: the response's description tells its form
     const about = resolve(media.schema).description;
     const parts = inner(media.schema).map((s, i, all) => (all.length > 1 ? folded(refName(s), s) : fields(s)));
     return make("div", null, make("p", null, make("code", null, type), " ", refName(media.schema)), about ? make("p", { class: "quiet" }, about) : "", ...parts);
