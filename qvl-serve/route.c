@@ -15,7 +15,7 @@
 #include "task.h"
 #include "ws.h"
 
-enum { OPEN = 1, ADMIN = 2, COUNTED = 4, PREFIX = 8 }; /* COUNTED: takes part in a key's rates */
+enum { OPEN = 1, ADMIN = 2, COUNTED = 4, PREFIX = 8, QUICK = 16 }; /* COUNTED: takes part in a key's rates; QUICK: a short body is no work */
 
 struct route {
     const char *method, *pattern; /* PREFIX: up to '{', the rest is exchange.tail */
@@ -203,8 +203,8 @@ static const route routes[] = {
     {"POST", "/v1/images", COUNTED, NULL, openai_image},
     {"GET", "/v1/images/{id}", PREFIX, run_image_get, NULL},
     {"DELETE", "/v1/images/{id}", PREFIX, run_image_delete, NULL},
-    {"POST", "/tokenize", COUNTED, NULL, openai_tokenize},
-    {"POST", "/detokenize", COUNTED, NULL, openai_detokenize},
+    {"POST", "/tokenize", COUNTED | QUICK, NULL, openai_tokenize},
+    {"POST", "/detokenize", COUNTED | QUICK, NULL, openai_detokenize},
     {"GET", "/ws", OPEN, NULL, NULL}, /* the handshake is ws.c's, and so is its key */
     {"GET", "/health", OPEN, run_health, NULL},
     {"GET", "/ready", OPEN, run_ready, NULL},
@@ -355,6 +355,7 @@ void route_run(exchange *x) {
     }
     x->task = t;
     t->key = x->key;
+    t->quick = r->flags & QUICK;
     snprintf(t->request_id, sizeof t->request_id, "%s", x->id);
     snprintf(t->peer, sizeof t->peer, "%s", x->peer);
     snprintf(t->content_type, sizeof t->content_type, "%s", x->content_type);

@@ -17,6 +17,8 @@
 #include <string.h>
 #include <time.h>
 
+#define QUICK_BODY 1024
+
 /* ---- errors ---- */
 int task_fail(task *t, int status, const char *type, const char *param, const char *code, const char *fmt, ...) {
     if (t->error.status) return -1;
@@ -235,6 +237,11 @@ void task_start(task *t) {
         return;
     }
     hold_bytes(t, bytes);
+    if (t->quick && t->body.len <= QUICK_BODY) { /* handing it to a worker would take longer than doing it */
+        t->run(t);
+        after_run(&t->work, 0);
+        return;
+    }
     t->working = true;
     if (uv_queue_work(&s->loop, &t->work, on_worker, after_run)) {
         t->working = false;

@@ -61,7 +61,7 @@ struct task {
     task *prev, *next;
     uv_work_t work;
     void (*run)(task *); /* on a worker */
-    bool working, abandoned, ended, begun;
+    bool quick, working, abandoned, ended, begun;
     char id[ID_SIZE];
     char request_id[ID_SIZE]; /* of the log */
     char peer[48];

@@ -33,10 +33,16 @@ def rss(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)) * 1024
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def compare(server, name, path, body, rounds):
     r = server.get(path) if body is None else server.post(path, body)
     size = len(r.content)
-    port = server.port + 1
+    port = free_port()
     bare = subprocess.Popen([ROOT / "build/release/tests/load/bare", str(port), str(size)], stdout=subprocess.PIPE, text=True)
     try:
         assert bare.stdout.readline(), "the bare handler did not start"
