@@ -131,11 +131,12 @@ static int check_url(const fetch_policy *p, const char *url, char *err, size_t e
     CURLU *u = curl_url();
     char *scheme = NULL, *host = NULL, *port = NULL, *user = NULL;
     int rc = -1;
-    if (!u || curl_url_set(u, CURLUPART_URL, url, 0) || curl_url_get(u, CURLUPART_SCHEME, &scheme, 0) || curl_url_get(u, CURLUPART_HOST, &host, 0) ||
-        curl_url_get(u, CURLUPART_PORT, &port, CURLU_DEFAULT_PORT)) {
+    if (!u || curl_url_set(u, CURLUPART_URL, url, CURLU_NON_SUPPORT_SCHEME) || curl_url_get(u, CURLUPART_SCHEME, &scheme, 0)) {
         snprintf(err, err_size, "this is not a URL that can be fetched");
     } else if (strcasecmp(scheme, "http") != 0 && strcasecmp(scheme, "https") != 0) {
         snprintf(err, err_size, "only http and https URLs are fetched");
+    } else if (curl_url_get(u, CURLUPART_HOST, &host, 0) || curl_url_get(u, CURLUPART_PORT, &port, CURLU_DEFAULT_PORT)) {
+        snprintf(err, err_size, "this is not a URL that can be fetched: it names no host");
     } else if (curl_url_get(u, CURLUPART_USER, &user, 0) == CURLUE_OK) {
         snprintf(err, err_size, "a URL with a user name is not fetched");
     } else if (!fetch_host_allowed(p, host, atoi(port))) {
