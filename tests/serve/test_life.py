@@ -367,6 +367,11 @@ def test_tls(start, certificates, tmp_path, version):
     large = tmp_path / "large.json"
     large.write_text(json.dumps({"model": "qvl-tiny", "prompt": "x" * 3_000_000}))
     assert json.loads(curl(version, s.url + "/tokenize", "--data-binary", f"@{large}"))["count"] > 1000
+    large.write_text(json.dumps({"model": "qvl-tiny", "prompt": "x" * 300_000}))
+    for _ in range(20):  # more than a window of HTTP/2 at a time
+        assert json.loads(curl(version, s.url + "/tokenize", "--data-binary", f"@{large}"))["count"] > 1000
+    unsized = ["curl", "-sk", version, "--max-time", "20", "-X", "POST", "-T", "-", s.url + "/tokenize"]
+    assert json.loads(subprocess.run(unsized, input=b"{}", capture_output=True).stdout)["error"]["code"] == "length_required"
     assert curl(version, s.url + "/static/katex.css", "--compressed").startswith("@font-face")
     assert curl(version, s.url + "/nothing", "-w", "%{http_code}").endswith("404")
     subject = lambda: subprocess.run(f"openssl s_client -connect 127.0.0.1:{s.port} </dev/null 2>/dev/null | openssl x509 -noout -subject", shell=True,
