@@ -5,7 +5,9 @@
  * Output:     qvl__weights.
  * Invariants: q, k, v share one matrix, gate and up another: one pass over the activations each;
  *             mapped pages are given back as soon as they are packed, so loading needs the weights once, not twice;
- *             a stored type is kept when it holds the values exactly (dtype auto, f32), rounded only for bf16.
+ *             a stored type is kept when it holds the values exactly (dtype auto, f32), rounded only for bf16, int8 and int4:
+ *             int8 takes every product but the router's, whose choices are worth more than its bytes; int4 the text layers,
+ *             while the embedding, the head and the vision tower stay at int8.
  */
 #include <inttypes.h>
 #include <stdarg.h>
@@ -24,6 +26,7 @@ typedef struct {
     const char *dir;
     const char *text, *vision; /* prefixes of the two key styles */
     bool round_bf16;
+    const qvl__type *force; /* type of the matrices to come; NULL: theirs */
     uint64_t done, total;
     qvl_progress_fn progress;
     void *ud;
@@ -87,6 +90,7 @@ static int common_type(loader *l, qvl__tensor *const *ts, int n, qvl__type *out)
         *out = i == 0 || *out == t ? t : QVL__F32;
     }
     if (l->round_bf16) *out = QVL__BF16;
+    if (l->force) *out = *l->force;
     return 0;
 }
 
@@ -124,7 +128,7 @@ static void matrix(loader *l, qvl__matrix *m, bool gate_up, qvl__tensor *a, qvl_
     for (int i = 0; i < n; i++) outputs += (int)ts[i]->shape[0];
     if ((l->rc = l->d->matrix_new(l->d, m, type, outputs, (int)k, gate_up)) < 0) return;
     l->w->bytes += m->bytes;
-    l->w->type = type;
+    if (!l->force) l->w->type = type;
     for (int i = 0, first = 0; i < n; first += (int)ts[i]->shape[0], i++) pack(l, m, first, ts[i]);
 }
 
@@ -258,7 +262,10 @@ static void load_mlp(loader *l, qvl__text_layer *b, int i) {
     const qvl__text_config *t = &l->c->text;
     const char *p = l->text;
     if (t->experts && !t->dense_layer[i]) {
+        const qvl__type *force = l->force;
+        l->force = NULL;
         matrix(l, &b->router, false, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NULL, NULL);
+        l->force = force;
         experts(l, &b->expert_gate_up, true, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
         experts(l, &b->expert_down, false, t->expert_inter, t->hidden, "down_proj", i);
         return;
@@ -268,7 +275,7 @@ static void load_mlp(loader *l, qvl__text_layer *b, int i) {
     matrix(l, &b->down, false, need(l, t->hidden, t->inter, p, "layers.%d.mlp.down_proj.weight", i), NULL, NULL);
 }
 
-static void load_text(loader *l) {
+static void load_text(loader *l, const qvl__type *layers) {
     const qvl__text_config *t = &l->c->text;
     qvl__weights *w = l->w;
     const char *p = l->text;
@@ -277,6 +284,8 @@ static void load_text(loader *l) {
     matrix(l, &w->embed, false, embed, NULL, NULL);
     if (l->rc == 0) load_head(l, embed);
     w->norm = vector(l, need(l, h, 0, p, "norm.weight"));
+    const qvl__type *rest = l->force;
+    l->force = layers;
     for (int i = 0; i < t->layers && l->rc == 0; i++) {
         qvl__text_layer *b = &w->text[i];
         b->input_norm = vector(l, need(l, h, 0, p, "layers.%d.input_layernorm.weight", i));
@@ -288,6 +297,7 @@ static void load_text(loader *l) {
         matrix(l, &b->o, false, need(l, h, q, p, "layers.%d.self_attn.o_proj.weight", i), NULL, NULL);
         load_mlp(l, b, i);
     }
+    l->force = rest;
 }
 
 /* SHA-256 over what decides the bits of an output: the numbers of config.json that no tensor's shape tells, names, types,
@@ -322,7 +332,7 @@ static void identify(loader *l) {
     qvl__sha256_add(&s, numbers, sizeof numbers);
     qvl__sha256_add(&s, v->deepstack, sizeof v->deepstack);
     qvl__sha256_add(&s, l->d->isa, strlen(l->d->isa) + 1);
-    uint8_t how[2] = {l->round_bf16, l->d->bf16_math};
+    uint8_t how[3] = {l->round_bf16, l->d->bf16_math, (uint8_t)l->w->type};
     qvl__sha256_add(&s, how, sizeof how);
     qvl__sha256_end(&s, l->w->id);
 }
@@ -348,8 +358,12 @@ int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qv
     w->text = qvl__calloc((size_t)c->text.layers, sizeof *w->text);
     w->vision = qvl__calloc((size_t)c->vision.depth, sizeof *w->vision);
     if (!w->text || !w->vision) l.rc = QVL_ENOMEM;
+    static const qvl__type q8 = QVL__Q8, q4 = QVL__Q4;
+    const qvl__type *layers = strcmp(dtype, "int4") == 0 ? &q4 : strcmp(dtype, "int8") == 0 ? &q8 : NULL;
+    l.force = layers ? &q8 : NULL;
+    if (layers) w->type = *layers;
     if (l.rc == 0) identify(&l);
-    if (l.rc == 0) load_text(&l);
+    if (l.rc == 0) load_text(&l, layers);
     if (l.rc == 0) load_vision(&l);
     check_leftovers(&l);
     qvl__safetensors_close(&l.st);

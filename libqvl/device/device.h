@@ -12,8 +12,13 @@
 
 #include "../base/base.h"
 
-/* I8 is a type of cached keys and values only: 8-bit integers with one float scale per token and KV head. */
-typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2, QVL__I8 = 3 } qvl__type;
+/* I8 is a type of cached keys and values only: 8-bit integers with one float scale per token and KV head.
+ * Q8 and Q4 are types of matrices only: 8-bit and 4-bit integers with one scale for QVL__GROUP inputs of an output
+ * feature; their products round activations to 8 bits, a scale for each group of a row. */
+typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2, QVL__I8 = 3, QVL__Q8 = 4, QVL__Q4 = 5 } qvl__type;
+#define QVL__GROUP 32
+static inline bool qvl__type_quantised(qvl__type t) { return t == QVL__Q8 || t == QVL__Q4; }
+/* Bytes of one number; not of Q8 and Q4. */
 static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : t == QVL__I8 ? 1 : 2; }
 
 /* Name of a type in options and JSON; and back, false for none of them. */
@@ -63,7 +68,7 @@ typedef struct {
 
 struct qvl__device {
     const char *name; /* "cpu" */
-    const char *isa;  /* "generic", "avx2", "avx512", "avx512-bf16" */
+    const char *isa;  /* "generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16" */
     qvl__pool *pool;  /* borrowed */
     bool bf16_math;   /* products of matmul may round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16) */
     void *impl;       /* the device's own state (CPU: kernel table and per-thread scratch) */
@@ -77,7 +82,7 @@ struct qvl__device {
     void (*get)(qvl__device *d, void *host, const void *src, size_t size);
 
     /* Weights. put packs count rows [count][k] of type src_type, which become output features first, first + 1, ...;
-     * converting to the matrix's type (round to nearest even). For gate_up, features 0..n/2-1 are gate, the rest up. */
+     * converting to the matrix's type (round to nearest even; Q8 and Q4: the scale with the least squared error). For gate_up, features 0..n/2-1 are gate, the rest up. */
     int (*matrix_new)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up);
     void (*matrix_put)(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
     void (*matrix_free)(qvl__device *d, qvl__matrix *m);
@@ -132,7 +137,7 @@ struct qvl__device {
 
 /* Opens the CPU. bf16_math asks for bf16 products, granted where the CPU has them (see d->bf16_math after). The level
  * is the best that cpuid, the operating system and the environment variable QVL_CPU (generic, avx2, avx512,
- * avx512-bf16) allow. */
+ * avx512-vnni, avx512-bf16) allow. */
 int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math);
 
 #endif

@@ -198,6 +198,36 @@ static double reference_finish(qvl__epilogue e, double v, double y, double up) {
     return NAN;
 }
 
+/* Types of matrices. */
+static const qvl__type matrix_types[] = {QVL__F32, QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4};
+enum { N_MATRIX_TYPES = 5 };
+
+/* The numbers that a matrix of such a type holds for w[n][k]. */
+static void as_stored(qvl__device *d, qvl__type type, float *w, int n, int k) {
+    if (!qvl__type_quantised(type)) {
+        for (int i = 0; i < n * k; i++) w[i] = rounded(w[i], type);
+        return;
+    }
+    qvl__matrix m = new_matrix(d, type, n, k, false, w);
+    int32_t *ids = must(malloc((size_t)n * sizeof *ids));
+    for (int i = 0; i < n; i++) ids[i] = i;
+    d->embed(d, w, &m, ids, n);
+    free(ids);
+    d->matrix_free(d, &m);
+}
+
+/* Activations as products of integers see them: 127 steps to the largest of each group. */
+static void as_integers(float *x, int rows, int k) {
+    for (int r = 0; r < rows; r++)
+        for (int g = 0; g < k; g += QVL__GROUP) {
+            float *p = x + (size_t)r * k + g, max = 0;
+            int n = k - g < QVL__GROUP ? k - g : QVL__GROUP;
+            for (int i = 0; i < n; i++) max = fabsf(p[i]) > max ? fabsf(p[i]) : max;
+            float inverse = max > 0 ? 127.0f / max : 0;
+            for (int i = 0; i < n; i++) p[i] = rintf(p[i] * inverse) * (max / 127.0f);
+        }
+}
+
 static void matmul_case(qvl__device *d, qvl__type type, qvl__epilogue e, int rows, int n, int k, bool with_bias) {
     bool gate_up = e == QVL__EPI_SWIGLU;
     if (gate_up) n *= 2;
@@ -211,7 +241,8 @@ static void matmul_case(qvl__device *d, qvl__type type, qvl__epilogue e, int row
     d->matmul(d, y, x, rows, &m, with_bias ? bias : NULL, e);
     assert_true(y[(size_t)rows * n_out] == 12345.0f);
     bool dot = d->bf16_math && type == QVL__BF16;
-    for (int i = 0; i < (int)((size_t)n * k); i++) w[i] = rounded(w[i], type);
+    as_stored(d, type, w, n, k);
+    if (qvl__type_quantised(type)) as_integers(x, rows, k);
     if (dot)
         for (int i = 0; i < rows * k; i++) x[i] = rounded(x[i], QVL__BF16);
     for (int r = 0; r < rows; r++)
@@ -249,9 +280,9 @@ static void matmul_body(qvl__device *d) {
     static const int shapes[][3] = {/* rows, n, k */
         {1, 1, 1}, {1, 16, 16}, {1, 130, 77}, {2, 17, 33}, {3, 95, 64}, {4, 15, 7}, {5, 100, 100}, {6, 33, 301},
         {7, 48, 600}, {12, 129, 257}, {33, 31, 513}, {97, 40, 259}, {200, 70, 90}};
-    for (int t = 0; t < 3; t++)
+    for (int t = 0; t < N_MATRIX_TYPES; t++)
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
-            for (int e = 0; e < 5; e++) matmul_case(d, (qvl__type)t, epilogues[e], shapes[s][0], shapes[s][1], shapes[s][2],
+            for (int e = 0; e < 5; e++) matmul_case(d, matrix_types[t], epilogues[e], shapes[s][0], shapes[s][1], shapes[s][2],
                 s % 2 == 0);
 }
 static void test_matmul(void **state) {
@@ -267,6 +298,82 @@ static void test_matmul_bf16_math(void **state) {
     each_level(2, true, matmul_dot_body);
 }
 
+/* Integer products are exact, so two levels differ by their last rounding step alone; here the extremes: every integer
+ * at its end, where a 16-bit sum would overflow first. And what is not finite comes out as that. */
+static void matmul_ends_body(qvl__device *d) {
+    enum { K = 96, N = 33, ROWS = 7 };
+    float w[N * K], x[ROWS * K], y[ROWS * N];
+    for (int t = 3; t < N_MATRIX_TYPES; t++)
+        for (int sign = -1; sign <= 1; sign += 2) {
+            for (int i = 0; i < N * K; i++) w[i] = (float)sign * 3.0f;
+            for (int i = 0; i < ROWS * K; i++) x[i] = i / K % 2 ? -5.0f : 5.0f;
+            qvl__matrix m = new_matrix(d, matrix_types[t], N, K, false, w);
+            d->matmul(d, y, x, ROWS, &m, NULL, QVL__EPI_NONE);
+            for (int i = 0; i < ROWS * N; i++) {
+                double want = (double)sign * 3.0 * 5.0 * K * (i / N % 2 ? -1 : 1);
+                check_near("integers at their ends", d->isa, y[i], want, 0.004 * fabs(want)); /* bf16 scale: 2^-8 */
+            }
+            x[3 * K + 40] = sign < 0 ? NAN : INFINITY;
+            d->matmul(d, y, x, ROWS, &m, NULL, QVL__EPI_NONE);
+            for (int i = 0; i < ROWS * N; i++) assert_int_equal(isnan(y[i]), i / N == 3);
+            d->matrix_free(d, &m);
+            w[5 * K + 2] = NAN;
+            m = new_matrix(d, matrix_types[t], N, K, false, w);
+            d->matmul(d, y, x, 1, &m, NULL, QVL__EPI_NONE);
+            for (int i = 0; i < N; i++) assert_int_equal(isnan(y[i]), i == 5);
+            d->matrix_free(d, &m);
+        }
+}
+static void test_matmul_ends(void **state) {
+    (void)state;
+    each_level(2, false, matmul_ends_body);
+}
+
+/* Scales by search: closer than the largest number's, on numbers as weights have them. */
+static void quantise_body(qvl__device *d) {
+    const struct qvl__kern *kern = qvl__cpu_kern(d);
+    double searched[2] = {0, 0}, plain[2] = {0, 0};
+    for (int group = 0; group < 2000; group++) {
+        float x[QVL__GROUP], top = 0;
+        for (int i = 0; i < QVL__GROUP; i++) {
+            x[i] = 0;
+            for (int j = 0; j < 6; j++) x[i] += random_float() * 0.02f; /* nearly normal */
+            top = fabsf(x[i]) > fabsf(top) ? x[i] : top;
+        }
+        for (int q8 = 0; q8 < 2; q8++) {
+            uint8_t q[QVL__GROUP];
+            uint32_t u = (uint32_t)kern->quantize_weights(q8 ? QVL__Q8 : QVL__Q4, q, x) << 16;
+            float s, p = q8 ? fabsf(top) / 127 : top / -8, zero = q8 ? 128 : 8;
+            memcpy(&s, &u, 4);
+            for (int i = 0; i < QVL__GROUP; i++) {
+                assert_in_range(q[i], q8 ? 1 : 0, q8 ? 255 : 15);
+                double e = (double)x[i] - (double)s * (q[i] - zero), n = rint(x[i] / p);
+                if (!q8 && n > 7) n = 7;
+                searched[q8] += e * e;
+                plain[q8] += ((double)x[i] - n * p) * ((double)x[i] - n * p);
+            }
+        }
+    }
+    if (searched[0] > 0.9 * plain[0]) fail_msg("4 bits: squared error %g, %g without a search", searched[0], plain[0]);
+    if (searched[1] > 1.02 * plain[1]) fail_msg("8 bits: squared error %g, %g with a float scale", searched[1], plain[1]);
+    static const float odd[][2] = {{0, 0}, {1e-42f, 0}, {3e38f, -3e38f}, {1, 1}, {-1, 0}, {1e-30f, -1e-30f}};
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++)
+        for (int q8 = 0; q8 < 2; q8++) {
+            float x[QVL__GROUP], s;
+            uint8_t q[QVL__GROUP];
+            for (int j = 0; j < QVL__GROUP; j++) x[j] = odd[i][j % 2];
+            uint32_t u = (uint32_t)kern->quantize_weights(q8 ? QVL__Q8 : QVL__Q4, q, x) << 16;
+            memcpy(&s, &u, 4);
+            for (int j = 0; j < QVL__GROUP; j++)
+                check_near("a group", q8 ? "8 bits" : "4 bits", (double)s * (q[j] - (q8 ? 128 : 8)), x[j], (q8 ? 0.005 : 0.07) * fabs(x[j]) + 1e-38);
+        }
+}
+
+static void test_quantise(void **state) {
+    (void)state;
+    each_level(1, false, quantise_body);
+}
+
 static void run_matmul(qvl__device *d, float *y, const float *y0, const float *x, int rows, const qvl__matrix *m,
     const float *bias, qvl__epilogue e, int step) {
     size_t n_out = (size_t)(m->gate_up ? m->n / 2 : m->n);
@@ -279,7 +386,7 @@ static void matmul_bits_body(qvl__device *d) {
     static const int shapes[][3] = {{33, 70, 300}, {200, 37, 531}, {8, 300, 1031}};
     qvl__pool *pool1, *pool3;
     qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
-    for (int t = 0; t < 3; t++)
+    for (int t = 0; t < N_MATRIX_TYPES; t++)
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (int i = 0; i < 5; i++) {
                 qvl__epilogue e = epilogues[i];
@@ -288,7 +395,7 @@ static void matmul_bits_body(qvl__device *d) {
                 float *w = random_floats((size_t)n * k, 1.0f), *x = random_floats((size_t)rows * k, 1.0f),
                     *bias = random_floats((size_t)n, 1.0f);
                 float *y0 = random_floats(size, 1.0f), *y = floats(size), *z = floats(size);
-                qvl__matrix m = new_matrix(d, (qvl__type)t, n, k, e == QVL__EPI_SWIGLU, w);
+                qvl__matrix m = new_matrix(d, matrix_types[t], n, k, e == QVL__EPI_SWIGLU, w);
                 run_matmul(d, y, y0, x, rows, &m, bias, e, rows);
                 static const int steps[] = {1, 2, 3, 5, 6, 7, 20, 100};
                 for (size_t j = 0; j < sizeof steps / sizeof *steps; j++) {
@@ -820,7 +927,7 @@ static void test_refusals(void **state) {
 }
 
 #define OPS_TESTS                                                                                       \
-    cmocka_unit_test(test_pack_embed), cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_bf16_math), \
+    cmocka_unit_test(test_quantise), cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed), cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_bf16_math), \
         cmocka_unit_test(test_matmul_bits), cmocka_unit_test(test_matmul_bits_bf16_math),               \
         cmocka_unit_test(test_activations), cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), \
         cmocka_unit_test(test_moe_route), cmocka_unit_test(test_attention_paged),                       \

@@ -7,8 +7,8 @@
  */
 #include "ops_cases.h"
 
-static const char *const level_names[] = {"generic", "avx2", "avx512", "avx512-bf16"};
-static const int n_levels = 4;
+static const char *const level_names[] = {"generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16"};
+static const int n_levels = 5;
 
 static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     qvl__device *d;
@@ -16,7 +16,7 @@ static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     int rc = qvl__cpu_open(&d, pool, bf16_math);
     unsetenv("QVL_CPU");
     if (rc == 0) return d;
-    static bool said[4];
+    static bool said[5];
     if (!said[i]) printf("[   INFO   ] %s\n", qvl_last_error());
     said[i] = true;
     return NULL;

@@ -27,7 +27,7 @@ REQUESTS = {
     "video, greedy": (user(VIDEO, "What happens?"), dict(temperature=0)),
     "video, seeded": (user(SHORT, image_path("tiny_10x10.png"), "And now?"), dict(SEEDED, seed=1)),
 }
-KINDS = [("f32", "f32"), ("f32", "bf16"), ("auto", "bf16"), ("auto", "f32"), ("auto", "int8"), ("f32", "f16")]
+KINDS = [("f32", "f32"), ("f32", "bf16"), ("auto", "bf16"), ("auto", "f32"), ("auto", "int8"), ("f32", "f16"), ("int8", "bf16"), ("int4", "int8")]
 ALL = [(name, dtype, kv) for name in GOLDENS for dtype, kv in KINDS]
 
 

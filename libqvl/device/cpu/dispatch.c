@@ -1,7 +1,7 @@
 /* dispatch.c - which kernels this machine runs.
  *
  * Job:        choose the best level that the CPU and the operating system support and QVL_CPU allows.
- * Input:      cpuid, XGETBV, the environment variable QVL_CPU (generic, avx2, avx512, avx512-bf16).
+ * Input:      cpuid, XGETBV, the environment variable QVL_CPU (generic, avx2, avx512, avx512-vnni, avx512-bf16).
  * Output:     an open device, or QVL_EINVAL naming the choices.
  * Invariants: a level counts only if the operating system saves its registers (XCR0), not on cpuid's word alone;
  *             this file is compiled for the baseline and touches no kernel of a level that it has not found.
@@ -23,6 +23,7 @@ static const level levels[] = {
     {"generic", qvl__kern_generic},
     {"avx2", qvl__kern_avx2},
     {"avx512", qvl__kern_avx512},
+    {"avx512-vnni", qvl__kern_avx512_vnni},
     {"avx512-bf16", qvl__kern_avx512_bf16},
 };
 
@@ -44,8 +45,9 @@ static int best_level(void) {
     const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
     if ((b & (f | dq | bw | vl)) != (f | dq | bw | vl)) return 1;
     if ((saved & 0xe6) != 0xe6) return 1; /* opmask, zmm */
-    if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return 2; /* AVX512_BF16 */
-    return 3;
+    if (!(c & 1u << 11)) return 2; /* AVX512_VNNI */
+    if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return 3; /* AVX512_BF16 */
+    return 4;
 }
 #else
 static const level levels[] = {{"generic", qvl__kern_generic}};
@@ -63,7 +65,7 @@ int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math) {
         if (asked == n) {
             qvl__log(QVL_LOG_WARN, "QVL_CPU=%s is not a level this build knows", cap);
             return qvl__fail(QVL_EINVAL, "QVL_CPU is \"%.32s\": it may be generic%s", cap,
-                             n > 1 ? ", avx2, avx512 or avx512-bf16" : " on this architecture");
+                             n > 1 ? ", avx2, avx512, avx512-vnni or avx512-bf16" : " on this architecture");
         }
         if (asked > use)
             return qvl__fail(QVL_EINVAL, "QVL_CPU is %s, but this machine has no more than %s: unset it or set a lower level", cap,

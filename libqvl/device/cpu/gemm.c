@@ -32,6 +32,30 @@ typedef struct {
     int n_out;           /* columns of y */
 } job;
 
+/* The same for weights of integers: activations become integers block by block of k. Every task does it for its own rows,
+ * which costs a few per cent of its products and spares a buffer and a barrier. */
+static void accumulate_int(const job *j, float *scratch, int r0, int rows, int p0, int count, float *acc) {
+    const qvl__matrix *w = j->w;
+    int k = w->k, all = qvl__div_up(k, QVL__GROUP);
+    size_t panel_bytes = qvl__cpu_panel_bytes(w->type, k), ldc = (size_t)count * QVL__PANEL;
+    const char *panels = (const char *)w->data + (size_t)p0 * panel_bytes;
+    int most = (int)(QVL__GEMM_A_FLOATS * sizeof(float) / QVL__GROUP) / rows; /* groups of a block: integers in the A block, */
+    int fit = QVL__GEMM_SLICE_FLOATS / 2 / rows;                             /* scales and sums in the slice */
+    if (most > fit) most = fit;
+    qvl__ints a = {.q = (int8_t *)(void *)scratch, .scale = scratch + QVL__GEMM_A_FLOATS,
+                   .sum = (int32_t *)(void *)(scratch + QVL__GEMM_A_FLOATS + QVL__GEMM_SLICE_FLOATS / 2)};
+    for (int g0 = 0; g0 < all; g0 += most) {
+        int groups = all - g0 < most ? all - g0 : most, k0 = g0 * QVL__GROUP;
+        a.ldq = (size_t)groups * QVL__GROUP;
+        a.lds = (size_t)groups;
+        for (int r = 0; r < rows; r++)
+            j->k->quantize_rows((int8_t *)(void *)scratch + (size_t)r * a.ldq, scratch + QVL__GEMM_A_FLOATS + (size_t)r * a.lds,
+                (int32_t *)(void *)(scratch + QVL__GEMM_A_FLOATS + QVL__GEMM_SLICE_FLOATS / 2) + (size_t)r * a.lds,
+                j->x + (size_t)(r0 + r) * (size_t)k + k0, k - k0 < groups * QVL__GROUP ? k - k0 : groups * QVL__GROUP);
+        j->k->gemm_int(w->type, acc, ldc, &a, panels, panel_bytes, rows, count, all, g0, groups, g0 > 0);
+    }
+}
+
 /* acc[rows][count * 16] = x[rows] times count panels from p0. */
 static void accumulate(const job *j, float *scratch, int r0, int rows, int p0, int count, float *acc) {
     const struct qvl__kern *kern = j->k;
@@ -93,7 +117,7 @@ static void matmul_task(void *ctx, int task, int worker) {
     int r1 = j->rows - r0 < j->block_rows ? j->rows : r0 + j->block_rows;
     int p0 = task / j->row_blocks * j->per_task;
     int count = j->panels - p0 < j->per_task ? j->panels - p0 : j->per_task;
-    accumulate(j, scratch, r0, r1 - r0, p0, count, acc);
+    (qvl__type_quantised(j->w->type) ? accumulate_int : accumulate)(j, scratch, r0, r1 - r0, p0, count, acc);
 
     int c0 = p0 / j->unit * QVL__PANEL, n = count / j->unit * QVL__PANEL;
     if (n > j->n_out - c0) n = j->n_out - c0;

@@ -221,24 +221,29 @@ static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
 
 /* Symmetric, 127 steps to the largest. A number that is not finite makes the scale NaN, so that nothing hides it. */
 static float quantize(int8_t *dst, const float *src, int n) {
-    float max = 0;
-    bool finite = true;
-    for (int i = 0; i < n; i++) {
-        float a = fabsf(src[i]);
-        finite = finite && a <= 3.4028234e38f;
-        max = a > max ? a : max;
+    vf top = vzero(), zero = vzero(); /* x * 0 is NaN for what is not finite */
+    float tail[W] = {0};
+    int whole = n / W * W;
+    for (int i = whole; i < n; i++) tail[i - whole] = src[i];
+    for (int i = 0; i < n; i += W) {
+        vf x = vload(i < whole ? src + i : tail);
+        top = vmax(vmax(x, vsub(vzero(), x)), top);
+        zero = vfma(x, vzero(), zero);
     }
+    float max = vmax_lanes(top);
+    bool finite = vsum(zero) == 0;
     float inverse = finite && max > 0 ? 127.0f / max : 0;
     if (inverse > 3.4028234e38f) inverse = 0; /* so small that 127 / max is no float: all zero */
     for (int i = 0; i < n; i += W) {
-        float t[W] = {0};
-        for (int j = 0; j < W && i + j < n; j++) t[j] = src[i + j] * inverse;
-        if (!finite) memset(t, 0, sizeof t);
-        vstore(t, vround(vload(t)));
-        for (int j = 0; j < W && i + j < n; j++) dst[i + j] = (int8_t)t[j];
+        float t[W];
+        vstore(t, finite ? vround(vmul(vload(i < whole ? src + i : tail), vset(inverse))) : vzero());
+        int m = n - i < W ? n - i : W;
+        for (int j = 0; j < m; j++) dst[i + j] = (int8_t)t[j];
     }
     return !finite ? NAN : inverse > 0 ? max / 127.0f : 0;
 }
+
+#include "integers.h"
 
 static void scale(float *y, const float *w, int n) {
     int i = 0;
@@ -467,6 +472,9 @@ int ISA_INIT(struct qvl__kern *k) {
         .widen = widen,
         .narrow = narrow,
         .quantize = quantize,
+        .gemm_int = gemm_int,
+        .quantize_weights = quantize_weights,
+        .quantize_rows = quantize_rows,
         .scale = scale,
         .epilogue = epilogue,
         .softmax_step = softmax_step,

@@ -13,6 +13,17 @@
 #include "../device.h"
 
 #define QVL__PANEL 16 /* output columns in a panel */
+/* Bytes of the scales at the beginning of a Q8 or Q4 panel: [groups][16] bf16, then the integers begin a cache line. */
+#define QVL__INT_HEAD(groups) (((size_t)(groups) * QVL__PANEL * 2 + 63) / 64 * 64)
+
+/* Rows of activations as integers of -127..127 with a scale and a sum for each group. */
+typedef struct {
+    const int8_t *q;
+    size_t ldq; /* integers from row to row: whole groups */
+    const float *scale;
+    const int32_t *sum; /* of the group's integers */
+    size_t lds; /* groups from row to row */
+} qvl__ints;
 
 struct qvl__kern {
     const char *isa;
@@ -27,6 +38,11 @@ struct qvl__kern {
     /* The same with bf16 products: a is pairs of bf16 (lda counts pairs), panels are BF16. NULL where there are none. */
     void (*gemm_dot)(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume);
+    /* Products of quantised weights: c[r][16 p + j] += over groups i = g0.., in that order and by one fused step each, of
+     * (a's and the weights' integers multiplied and summed exactly) * (a's scale * the weights' scale). a is rows of ints
+     * with scales from group 0; panels (of all groups) are read from group g0. c starts at zero without resume. */
+    void (*gemm_int)(qvl__type type, float *c, size_t ldc, const qvl__ints *a, const void *panels, size_t panel_bytes, int rows,
+                     int count, int all_groups, int g0, int groups, bool resume);
     /* k rows of a F16, BF16 or I8 panel as floats [k][16]; exact. */
     void (*widen)(qvl__type type, float *dst, const void *panel, int k);
     /* n floats as BF16 or F16, rounded to nearest even, and a zero after an odd last one. */
@@ -34,6 +50,11 @@ struct qvl__kern {
     /* n floats as integers of -127..127, rounded to nearest even; returns the scale that brings them back: NaN when one
      * of them is not finite. */
     float (*quantize)(int8_t *dst, const float *src, int n);
+    /* A row of k floats so, group by group: whole groups of integers, with scale and sum of each. */
+    void (*quantize_rows)(int8_t *q, float *scale, int32_t *sum, const float *x, int k);
+    /* QVL__GROUP weights as unsigned integers (Q4: 8 added, Q8: 128) with the least squared error that a search finds;
+     * returns their bf16 scale, NaN when one is not finite. The same bytes at every level. */
+    uint16_t (*quantize_weights)(qvl__type type, uint8_t *out, const float *src);
     /* y[i] *= w[i] */
     void (*scale)(float *y, const float *w, int n);
 
@@ -61,6 +82,7 @@ struct qvl__kern {
 int qvl__kern_generic(struct qvl__kern *k);
 int qvl__kern_avx2(struct qvl__kern *k);
 int qvl__kern_avx512(struct qvl__kern *k);
+int qvl__kern_avx512_vnni(struct qvl__kern *k);
 int qvl__kern_avx512_bf16(struct qvl__kern *k);
 
 #endif

@@ -6,6 +6,9 @@
  *               F32, F16: [panel][k][16]
  *               BF16:     [panel][k / 2][16][2], k rounded up to even: two neighbours in k share 32 bits, so AVX2 gets
  *                         floats by a shift (even k) or a mask (odd k), and vdpbf16ps takes the pairs as they are.
+ *               Q8, Q4:   [groups][16] scales in bf16, then from the next cache line on for each group of 32 in k
+ *                         Q8: [8][16][4] bytes: four neighbours in k of each column share 32 bits, as vpdpbusd wants them;
+ *                         Q4: [4][16][4] bytes: the low half is k, the high half k + 16 of the group. k past the end is zero.
  *             gate_up: panel 2 i holds gate features 16 i.., panel 2 i + 1 the up features 16 i.. .
  * Invariants: a panel is contiguous, so a matrix row times one panel reads memory once, in order;
  *             conversion rounds to nearest even; padding stays zero (fresh pages are).
@@ -17,6 +20,10 @@
 #define CHUNK 64 /* k per packing step: 16 rows of it fit the first-level cache beside what they become */
 
 size_t qvl__cpu_panel_bytes(qvl__type type, int k) {
+    if (qvl__type_quantised(type)) {
+        size_t groups = (size_t)qvl__div_up(k, QVL__GROUP);
+        return QVL__INT_HEAD(groups) + groups * QVL__GROUP * QVL__PANEL / (type == QVL__Q4 ? 2 : 1);
+    }
     size_t padded = type == QVL__BF16 ? ((size_t)k + 1) / 2 * 2 : (size_t)k;
     return padded * QVL__PANEL * qvl__type_size(type);
 }
@@ -123,6 +130,7 @@ static void convert(qvl__type to, void *dst, qvl__type from, const char *row, si
 /* ---- packing ---- */
 
 typedef struct {
+    const struct qvl__kern *k;
     qvl__matrix *m;
     int first, end;    /* features of this part (the gate half, the up half or all) */
     int unit, part;    /* panel p of the part is panel p * unit + part of the matrix */
@@ -152,6 +160,32 @@ static void turn(uint32_t *out, const uint32_t t[][CHUNK], int cols, int n) {
     }
     for (; j < cols; j++)
         for (int i = 0; i < n; i++) out[(size_t)i * QVL__PANEL + (size_t)j] = t[j][i];
+}
+
+/* Where the integer of element i of a group lies in the group's bytes. */
+static size_t int_at(qvl__type type, int i, int column) {
+    int four = type == QVL__Q8 ? i / 4 : i % 16 / 4;
+    return (size_t)((four * QVL__PANEL + column) * 4 + i % 4);
+}
+
+/* Columns c0.. of a Q8 or Q4 panel. */
+static void quantise_panel(const struct qvl__kern *k, const qvl__matrix *m, char *panel, int c0, int cols, qvl__type src_type, const char *src) {
+    size_t row_bytes = (size_t)m->k * qvl__type_size(src_type), body = QVL__GROUP * QVL__PANEL / (m->type == QVL__Q4 ? 2 : 1);
+    int groups = qvl__div_up(m->k, QVL__GROUP);
+    uint16_t *scales = (uint16_t *)(void *)panel;
+    for (int g = 0; g < groups; g++) {
+        uint8_t *to = (uint8_t *)panel + QVL__INT_HEAD(groups) + (size_t)g * body, q[QVL__GROUP];
+        int k0 = g * QVL__GROUP, n = m->k - k0 < QVL__GROUP ? m->k - k0 : QVL__GROUP;
+        for (int j = 0; j < cols; j++) {
+            float f[QVL__GROUP] = {0};
+            convert(QVL__F32, f, src_type, src + (size_t)j * row_bytes, (size_t)k0, n);
+            scales[g * QVL__PANEL + c0 + j] = k->quantize_weights(m->type, q, f);
+            for (int i = 0; i < QVL__GROUP; i++) {
+                uint8_t *at = to + int_at(m->type, i, c0 + j);
+                *at = m->type == QVL__Q8 ? q[i] : (uint8_t)(i < 16 ? q[i] : *at | q[i] << 4);
+            }
+        }
+    }
 }
 
 /* Columns c0.. of a panel from rows at src. A chunk of every row is converted into t, then t is turned. */
@@ -186,9 +220,10 @@ static void put_task(void *ctx, int task, int worker) {
     if (lo < p->first) lo = p->first;
     if (hi > p->end) hi = p->end;
     size_t at = ((size_t)panel * (size_t)p->unit + (size_t)p->part) * qvl__cpu_panel_bytes(p->m->type, p->m->k);
-    pack_panel(p->m, (char *)p->m->data + at,
-               lo % QVL__PANEL, hi - lo, p->src_type,
-               p->src + (size_t)(lo - p->first) * (size_t)p->m->k * qvl__type_size(p->src_type));
+    char *to = (char *)p->m->data + at;
+    const char *src = p->src + (size_t)(lo - p->first) * (size_t)p->m->k * qvl__type_size(p->src_type);
+    if (qvl__type_quantised(p->m->type)) quantise_panel(p->k, p->m, to, lo % QVL__PANEL, hi - lo, p->src_type, src);
+    else pack_panel(p->m, to, lo % QVL__PANEL, hi - lo, p->src_type, src);
 }
 
 void qvl__cpu_matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src) {
@@ -197,7 +232,7 @@ void qvl__cpu_matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, q
         int lo = first > part * size ? first : part * size;
         int hi = first + count < (part + 1) * size ? first + count : (part + 1) * size;
         if (lo >= hi) continue;
-        put_job p = {m, lo - part * size, hi - part * size, parts, part, src_type,
+        put_job p = {qvl__cpu_kern(d), m, lo - part * size, hi - part * size, parts, part, src_type,
                      (const char *)src + (size_t)(lo - first) * (size_t)m->k * qvl__type_size(src_type)};
         qvl__pool_run(d->pool, (p.end - 1) / QVL__PANEL - p.first / QVL__PANEL + 1, put_task, &p);
     }
@@ -222,7 +257,16 @@ static void embed_task(void *ctx, int task, int worker) {
         float *y = e->y + (size_t)r * k;
         const float *f = (const float *)(const void *)panel;
         const uint16_t *h = (const uint16_t *)(const void *)panel;
-        if (e->m->type == QVL__F32)
+        if (qvl__type_quantised(e->m->type)) {
+            int groups = qvl__div_up(e->m->k, QVL__GROUP), q8 = e->m->type == QVL__Q8;
+            size_t body = QVL__GROUP * QVL__PANEL / (q8 ? 1 : 2);
+            for (size_t i = 0; i < k; i++) {
+                size_t g = i / QVL__GROUP;
+                int in = (int)(i % QVL__GROUP);
+                int q = ((const uint8_t *)panel)[QVL__INT_HEAD(groups) + g * body + int_at(e->m->type, in, (int)j)];
+                y[i] = bf16_to_f32(h[g * QVL__PANEL + j]) * (float)(q8 ? q - 128 : (in < 16 ? q & 15 : q >> 4) - 8);
+            }
+        } else if (e->m->type == QVL__F32)
             for (size_t i = 0; i < k; i++) y[i] = f[i * QVL__PANEL + j];
         else if (e->m->type == QVL__F16)
             for (size_t i = 0; i < k; i++) y[i] = f16_to_f32(h[i * QVL__PANEL + j]);

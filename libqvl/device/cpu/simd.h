@@ -29,12 +29,17 @@
 #elif defined(QVL__ISA_avx512)
 #define ISA_NAME "avx512"
 #define ISA_INIT qvl__kern_avx512
+#elif defined(QVL__ISA_avx512_vnni)
+#define ISA_NAME "avx512-vnni"
+#define ISA_INIT qvl__kern_avx512_vnni
+#define HAVE_VNNI 1
 #elif defined(QVL__ISA_avx512_bf16)
 #define ISA_NAME "avx512-bf16"
 #define ISA_INIT qvl__kern_avx512_bf16
+#define HAVE_VNNI 1
 #define HAVE_DOT 1
 #else
-#error "compile with -DQVL__ISA_generic, _avx2, _avx512 or _avx512_bf16"
+#error "compile with -DQVL__ISA_generic, _avx2, _avx512, _avx512_vnni or _avx512_bf16"
 #endif
 
 /* The matrix tile is mr rows by np panels, all accumulators in registers: at most MR rows. NP1 panels for one row, NP2
@@ -49,6 +54,11 @@
 #define NP1 4
 #define NP2 2
 #define NP4 1
+#define INT_MR 4
+#define INT_NP 1
+#define INT_NP1 2
+#define INT_NV 1
+#define INT_NV1 4
 typedef __m256 vf;
 typedef __m256i vu;
 INLINE vf vzero(void) { return _mm256_setzero_ps(); }
@@ -78,7 +88,22 @@ INLINE vu vload_pairs(const uint16_t *p) { return _mm256_loadu_si256((const __m2
 INLINE vf vpair_even(vu a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000u))); }
 
-#elif (defined(QVL__ISA_avx512) || defined(QVL__ISA_avx512_bf16)) && !defined(QVL__SIMD_EMULATE)
+/* integers: bytes in 32-bit lanes, one lane a column */
+typedef __m256i vint;
+INLINE vint vint_set(int x) { return _mm256_set1_epi32(x); }
+INLINE vint vint_load(const void *p) { return _mm256_loadu_si256(p); }
+INLINE vint vint_add(vint a, vint b) { return _mm256_add_epi32(a, b); }
+INLINE vint vint_add16(vint a, vint b) { return _mm256_add_epi16(a, b); }
+INLINE vint vint_low(vint a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+INLINE vint vint_high(vint a) { return vint_low(_mm256_srli_epi16(a, 4)); }
+INLINE vint vint_maddubs(vint a, vint b) { return _mm256_maddubs_epi16(a, b); }
+INLINE vint vint_madd(vint a, vint b) { return _mm256_madd_epi16(a, b); }
+INLINE vf vint_float(vint a) { return _mm256_cvtepi32_ps(a); }
+INLINE vf vload_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16));
+}
+
+#elif (defined(QVL__ISA_avx512) || defined(QVL__ISA_avx512_vnni) || defined(QVL__ISA_avx512_bf16)) && !defined(QVL__SIMD_EMULATE)
 /* ---- AVX-512 F, BW, VL, DQ; and BF16 ---- */
 #include <immintrin.h>
 #define W 16
@@ -86,6 +111,11 @@ INLINE vf vpair_odd(vu a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm25
 #define NP1 8
 #define NP2 4
 #define NP4 4
+#define INT_MR 6
+#define INT_NP 2
+#define INT_NP1 4
+#define INT_NV 2
+#define INT_NV1 4
 typedef __m512 vf;
 typedef __m512i vu;
 INLINE vf vzero(void) { return _mm512_setzero_ps(); }
@@ -111,6 +141,23 @@ INLINE vf vload_i8(const int8_t *p) {
 INLINE vu vload_pairs(const uint16_t *p) { return _mm512_loadu_si512(p); }
 INLINE vf vpair_even(vu a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000u))); }
+typedef __m512i vint;
+INLINE vint vint_set(int x) { return _mm512_set1_epi32(x); }
+INLINE vint vint_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vint vint_add(vint a, vint b) { return _mm512_add_epi32(a, b); }
+INLINE vint vint_add16(vint a, vint b) { return _mm512_add_epi16(a, b); }
+INLINE vint vint_low(vint a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vint vint_high(vint a) { return vint_low(_mm512_srli_epi16(a, 4)); }
+INLINE vint vint_maddubs(vint a, vint b) { return _mm512_maddubs_epi16(a, b); }
+INLINE vint vint_madd(vint a, vint b) { return _mm512_madd_epi16(a, b); }
+INLINE vf vint_float(vint a) { return _mm512_cvtepi32_ps(a); }
+INLINE vf vload_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16));
+}
+#if HAVE_VNNI
+/* c + the four products of unsigned bytes of a and signed bytes of b, lane by lane */
+INLINE vint vint_dot(vint c, vint a, vint b) { return _mm512_dpbusd_epi32(c, a, b); }
+#endif
 #if HAVE_DOT
 /* c + a.odd * b.odd, then + a.even * b.even; a is one pair for all lanes */
 INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
@@ -127,12 +174,22 @@ INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
 #define NP1 2
 #define NP2 1
 #define NP4 1
+#define INT_MR 4
+#define INT_NP 1
+#define INT_NP1 1
+#define INT_NV 4
+#define INT_NV1 4
 #else
 #define W 16
 #define MR 6
 #define NP1 8
 #define NP2 4
 #define NP4 4
+#define INT_MR 6
+#define INT_NP 2
+#define INT_NP1 4
+#define INT_NV 2
+#define INT_NV1 4
 #pragma GCC diagnostic ignored "-Wpsabi" /* no 64-byte vector leaves this file's users: all is static */
 #endif
 typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -189,6 +246,11 @@ INLINE vf vload_i8(const int8_t *p) {
     vf r;
     for (int i = 0; i < W; i++) r[i] = (float)p[i];
     return r;
+}
+INLINE vf vload_bf16(const uint16_t *p) {
+    vu r;
+    for (int i = 0; i < W; i++) r[i] = (uint32_t)p[i] << 16;
+    return (vf)r;
 }
 INLINE vu vload_pairs(const uint16_t *p) { return *(const vu *)(const void *)p; }
 INLINE vf vpair_even(vu a) { return (vf)(a << 16); }
@@ -247,6 +309,15 @@ INLINE float vmax_lanes(vf a) {
     return _mm_cvtss_f32(_mm_##op##_ss(h2, _mm_movehdup_ps(h2)))
 INLINE float vsum(vf a) { REDUCE(add, a); }
 INLINE float vmax_lanes(vf a) { REDUCE(max, a); }
+#endif
+
+#if !defined(QVL__ISA_generic) && !defined(QVL__SIMD_EMULATE)
+/* Four signed bytes, the same for all lanes. */
+INLINE vint vint_four(const int8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return vint_set(x);
+}
 #endif
 
 /* bf16 of x, rounded to nearest even; a NaN stays a (quiet) NaN. */
