@@ -93,7 +93,7 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 #pragma GCC unroll 6
             for (int i = 0; i < mr; i++) {
                 size_t at = (size_t)(row + i) * a->lds + (size_t)g;
-                vint total = vint_add(isum_total(&s[i][j], q8), vint_set(a->sum[at] * (q8 ? -128 : -8)));
+                vint total = vint_less(isum_total(&s[i][j], q8), vint_set(a->sum[at]), q8 ? 7 : 3); /* 128 or 8 times the sum */
                 float *to = c + (size_t)i * ldc + (v0 + j) * W;
                 vstore(to, vfma(vint_float(total), vmul(scale, vset(a->scale[at])), vload(to)));
             }
@@ -175,14 +175,11 @@ static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, c
 
 /* Activations to integers, group by group; what lies past k in the last group is zero. */
 static void quantize_rows(int8_t *q, float *scale, int32_t *sum, const float *x, int k) {
-    for (int g = 0; g * QVL__GROUP < k; g++) {
-        int n = k - g * QVL__GROUP < QVL__GROUP ? k - g * QVL__GROUP : QVL__GROUP;
-        int8_t *to = q + (size_t)g * QVL__GROUP;
-        if (n < QVL__GROUP) memset(to, 0, QVL__GROUP);
-        scale[g] = quantize(to, x + (size_t)g * QVL__GROUP, n);
-        int32_t s = 0;
-        for (int i = 0; i < QVL__GROUP; i++) s += to[i];
-        sum[g] = s;
+    int g = 0;
+    for (; (g + 1) * QVL__GROUP <= k; g++) scale[g] = quantize_sum(q + g * QVL__GROUP, x + g * QVL__GROUP, QVL__GROUP, &sum[g]);
+    if (g * QVL__GROUP < k) {
+        memset(q + g * QVL__GROUP, 0, QVL__GROUP);
+        scale[g] = quantize_sum(q + g * QVL__GROUP, x + g * QVL__GROUP, k - g * QVL__GROUP, &sum[g]);
     }
 }
 

@@ -219,9 +219,10 @@ static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
     if (n & 1) dst[n] = 0;
 }
 
-/* Symmetric, 127 steps to the largest. A number that is not finite makes the scale NaN, so that nothing hides it. */
-static float quantize(int8_t *dst, const float *src, int n) {
-    vf top = vzero(), zero = vzero(); /* x * 0 is NaN for what is not finite */
+/* Symmetric, 127 steps to the largest. A number that is not finite makes the scale NaN, so that nothing hides it. *total is
+ * the sum of the integers. */
+INLINE float quantize_sum(int8_t *dst, const float *src, int n, int32_t *total) {
+    vf top = vzero(), zero = vzero(), sum = vzero(); /* x * 0 is NaN for what is not finite; sums of integers are exact */
     float tail[W] = {0};
     int whole = n / W * W;
     for (int i = whole; i < n; i++) tail[i - whole] = src[i];
@@ -235,12 +236,23 @@ static float quantize(int8_t *dst, const float *src, int n) {
     float inverse = finite && max > 0 ? 127.0f / max : 0;
     if (inverse > 3.4028234e38f) inverse = 0; /* so small that 127 / max is no float: all zero */
     for (int i = 0; i < n; i += W) {
-        float t[W];
-        vstore(t, finite ? vround(vmul(vload(i < whole ? src + i : tail), vset(inverse))) : vzero());
-        int m = n - i < W ? n - i : W;
-        for (int j = 0; j < m; j++) dst[i + j] = (int8_t)t[j];
+        vf t = finite ? vround(vmul(vload(i < whole ? src + i : tail), vset(inverse))) : vzero();
+        sum = vadd(sum, t);
+        if (i < whole) {
+            vstore_i8(dst + i, t);
+        } else {
+            int8_t end[W];
+            vstore_i8(end, t);
+            memcpy(dst + i, end, (size_t)(n - i));
+        }
     }
+    *total = (int32_t)vsum(sum);
     return !finite ? NAN : inverse > 0 ? max / 127.0f : 0;
+}
+
+static float quantize(int8_t *dst, const float *src, int n) {
+    int32_t total;
+    return quantize_sum(dst, src, n, &total);
 }
 
 #include "integers.h"

@@ -84,6 +84,12 @@ INLINE vf vload_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(
 INLINE vf vload_i8(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
 }
+/* W whole numbers of -127..127 as bytes */
+INLINE void vstore_i8(int8_t *p, vf a) {
+    __m256i x = _mm256_cvtps_epi32(a);
+    __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(h, h));
+}
 INLINE vu vload_pairs(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
 INLINE vf vpair_even(vu a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000u))); }
@@ -93,6 +99,7 @@ typedef __m256i vint;
 INLINE vint vint_set(int x) { return _mm256_set1_epi32(x); }
 INLINE vint vint_load(const void *p) { return _mm256_loadu_si256(p); }
 INLINE vint vint_add(vint a, vint b) { return _mm256_add_epi32(a, b); }
+INLINE vint vint_less(vint a, vint b, const int shift) { return _mm256_sub_epi32(a, _mm256_slli_epi32(b, shift)); } /* a - (b << shift) */
 INLINE vint vint_add16(vint a, vint b) { return _mm256_add_epi16(a, b); }
 INLINE vint vint_low(vint a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 INLINE vint vint_high(vint a) { return vint_low(_mm256_srli_epi16(a, 4)); }
@@ -138,6 +145,7 @@ INLINE vf vload_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si2
 INLINE vf vload_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
+INLINE void vstore_i8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
 INLINE vu vload_pairs(const uint16_t *p) { return _mm512_loadu_si512(p); }
 INLINE vf vpair_even(vu a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000u))); }
@@ -145,6 +153,7 @@ typedef __m512i vint;
 INLINE vint vint_set(int x) { return _mm512_set1_epi32(x); }
 INLINE vint vint_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vint vint_add(vint a, vint b) { return _mm512_add_epi32(a, b); }
+INLINE vint vint_less(vint a, vint b, const int shift) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, (unsigned)shift)); }
 INLINE vint vint_add16(vint a, vint b) { return _mm512_add_epi16(a, b); }
 INLINE vint vint_low(vint a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vint vint_high(vint a) { return vint_low(_mm512_srli_epi16(a, 4)); }
@@ -246,6 +255,9 @@ INLINE vf vload_i8(const int8_t *p) {
     vf r;
     for (int i = 0; i < W; i++) r[i] = (float)p[i];
     return r;
+}
+INLINE void vstore_i8(int8_t *p, vf a) {
+    for (int i = 0; i < W; i++) p[i] = (int8_t)a[i];
 }
 INLINE vf vload_bf16(const uint16_t *p) {
     vu r;
