@@ -188,10 +188,13 @@ static void end(server *s) {
     }
 }
 
-/* Bodies of megabytes come and go on several threads: without this each thread's heap keeps its own peak for good. */
+/* Bodies of megabytes come and go on several threads: without this each thread's heap keeps its own peak for good.
+ * Naming the thresholds also stops glibc from raising them, so large bodies go back to the system when they are freed. */
 static void tame_heap(void) {
 #ifdef __GLIBC__
     mallopt(M_ARENA_MAX, 2);
+    mallopt(M_MMAP_THRESHOLD, 64 << 10);
+    mallopt(M_TRIM_THRESHOLD, 64 << 10);
 #endif
 }
 
