@@ -9,17 +9,20 @@
 #ifndef QVL__CPU_H
 #define QVL__CPU_H
 
+#include <pthread.h>
+
 #include "kern.h"
 
-/* Rows in a matmul task, K in a block of it, and columns of accumulators: A block + accumulators + a widened slice of
- * weights fit a 512 KB second-level cache. */
+/* Rows in a matmul task, K in a block of it, and columns of accumulators: a block of packed rows + accumulators + a widened
+ * slice of weights fit a 512 KB second-level cache. */
 #define QVL__GEMM_ROWS 96
 #define QVL__GEMM_K 256
 #define QVL__GEMM_PANELS 16
-#define QVL__GEMM_A_FLOATS (QVL__GEMM_ROWS * (QVL__GEMM_K + QVL__PANEL))
 #define QVL__GEMM_ACC_FLOATS (QVL__GEMM_ROWS * QVL__GEMM_PANELS * QVL__PANEL)
 #define QVL__GEMM_SLICE_FLOATS (4 * QVL__GEMM_K * QVL__PANEL)
-#define QVL__GEMM_SCRATCH (sizeof(float) * (QVL__GEMM_A_FLOATS + QVL__GEMM_ACC_FLOATS + QVL__GEMM_SLICE_FLOATS))
+#define QVL__GEMM_SCRATCH (sizeof(float) * (QVL__GEMM_ACC_FLOATS + QVL__GEMM_SLICE_FLOATS))
+#define QVL__PACK_BYTES ((size_t)8 << 20) /* rows of a matmul in packed form, all threads together */
+#define QVL__MAX_K (1 << 20)              /* inputs of a weight: a packed row must fit */
 
 #define QVL__ATTN_ROWS 48      /* query rows (tokens x heads of one KV head) in an attention task */
 #define QVL__ATTN_MAX_DIM 512  /* largest head_dim of a KV cache */
@@ -32,6 +35,8 @@ struct qvl__cpu {
     int threads;
     char *scratch; /* threads slices of slice bytes */
     size_t slice;
+    pthread_mutex_t packing; /* held while packed is in use: ops may be called from several threads */
+    char *packed;            /* QVL__PACK_BYTES */
 };
 
 static inline const struct qvl__kern *qvl__cpu_kern(const qvl__device *d) { return &((const struct qvl__cpu *)d->impl)->kern; }

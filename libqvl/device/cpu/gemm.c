@@ -7,14 +7,16 @@
  *             them, which changes no bit, so the sizes below are free to depend on the number of rows and threads;
  *             widening 16-bit weights to float is exact, so where it happens (registers or scratch) is free as well.
  *
- * Two ways through, equal in bits:
- *   few rows (one tile): weights go from memory through registers once, all of k in one piece, x is read where it lies;
- *   many rows: for each block of k, x is copied to scratch (rows a power of two apart would fall on the same cache
- *   lines), a slice of a panel is widened once, and all row tiles pass over it while it is in the first-level cache.
+ * The way through: rows of x are packed once into the form that the tiles read (floats, pairs of bf16, or integers with
+ * their scales), block by block of k, so that a block of rows is one stretch of memory; then each task takes a block of rows
+ * and some panels, and for each block of k all its row tiles pass over a panel while it is in the first-level cache.
+ * One tile of float rows is read where it lies, and weights go from memory through registers once.
  */
 #include <string.h>
 
 #include "cpu.h"
+
+typedef enum { FLOATS, PAIRS, INTS } form;
 
 typedef struct {
     const struct qvl__kern *k;
@@ -25,77 +27,65 @@ typedef struct {
     const qvl__matrix *w;
     const float *bias;
     qvl__epilogue e;
-    bool dot;            /* bf16 products */
-    int unit;            /* panels that must stay together: 2 for gate_up */
+    form form;
+    bool widen;           /* weights to scratch before many rows pass */
+    int unit;             /* panels that must stay together: 2 for gate_up */
     int panels, per_task; /* panels of the matrix, of a task */
     int row_blocks, block_rows;
-    int n_out;           /* columns of y */
+    int n_out;            /* columns of y */
+    char *packed;         /* [blocks of k][rows][stride]; NULL: x is read where it lies */
+    int block;            /* k in a block of packed */
+    size_t stride;        /* bytes */
+    size_t scales;        /* INTS: where a row's scales lie behind its integers; its starts follow them */
+    int pack_tasks;
 } job;
 
-/* The same for weights of integers: activations become integers block by block of k. Every task does it for its own rows,
- * which costs a few per cent of its products and spares a buffer and a barrier. */
-static void accumulate_int(const job *j, float *scratch, int r0, int rows, int p0, int count, float *acc) {
-    const qvl__matrix *w = j->w;
-    int k = w->k, all = qvl__div_up(k, QVL__GROUP);
-    size_t panel_bytes = qvl__cpu_panel_bytes(w->type, k), ldc = (size_t)count * QVL__PANEL;
-    const char *panels = (const char *)w->data + (size_t)p0 * panel_bytes;
-    int most = (int)(QVL__GEMM_A_FLOATS * sizeof(float) / QVL__GROUP) / rows; /* groups of a block: integers in the A block, */
-    int fit = QVL__GEMM_SLICE_FLOATS / 2 / rows;                             /* scales and sums in the slice */
-    if (most > fit) most = fit;
-    qvl__ints a = {.q = (int8_t *)(void *)scratch, .scale = scratch + QVL__GEMM_A_FLOATS,
-                   .sum = (int32_t *)(void *)(scratch + QVL__GEMM_A_FLOATS + QVL__GEMM_SLICE_FLOATS / 2)};
-    for (int g0 = 0; g0 < all; g0 += most) {
-        int groups = all - g0 < most ? all - g0 : most, k0 = g0 * QVL__GROUP;
-        a.ldq = (size_t)groups * QVL__GROUP;
-        a.lds = (size_t)groups;
-        for (int r = 0; r < rows; r++)
-            j->k->quantize_rows((int8_t *)(void *)scratch + (size_t)r * a.ldq, scratch + QVL__GEMM_A_FLOATS + (size_t)r * a.lds,
-                (int32_t *)(void *)(scratch + QVL__GEMM_A_FLOATS + QVL__GEMM_SLICE_FLOATS / 2) + (size_t)r * a.lds,
-                j->x + (size_t)(r0 + r) * (size_t)k + k0, k - k0 < groups * QVL__GROUP ? k - k0 : groups * QVL__GROUP);
-        j->k->gemm_int(w->type, acc, ldc, &a, panels, panel_bytes, rows, count, all, g0, groups, g0 > 0);
-    }
+static void pack_task(void *ctx, int task, int worker) {
+    (void)worker;
+    const job *j = ctx;
+    int k = j->w->k;
+    for (int r = qvl__cpu_cut(j->rows, task, j->pack_tasks); r < qvl__cpu_cut(j->rows, task + 1, j->pack_tasks); r++)
+        for (int k0 = 0; k0 < k; k0 += j->block) {
+            int n = k - k0 < j->block ? k - k0 : j->block;
+            const float *x = j->x + (size_t)r * (size_t)k + k0;
+            char *to = j->packed + ((size_t)(k0 / j->block) * (size_t)j->rows + (size_t)r) * j->stride;
+            float *scale = (float *)(void *)(to + j->scales);
+            if (j->form == FLOATS) memcpy(to, x, (size_t)n * sizeof(float));
+            else if (j->form == PAIRS) j->k->narrow(QVL__BF16, (uint16_t *)(void *)to, x, n);
+            else j->k->quantize_rows(j->w->type, (int8_t *)to, scale, (int32_t *)(void *)(scale + j->block / QVL__GROUP), x, n);
+        }
 }
 
-/* acc[rows][count * 16] = x[rows] times count panels from p0. */
-static void accumulate(const job *j, float *scratch, int r0, int rows, int p0, int count, float *acc) {
+/* acc[rows][count * 16] = x[r0..] times count panels from p0. */
+static void accumulate(const job *j, float *slice, int r0, int rows, int p0, int count, float *acc) {
     const struct qvl__kern *kern = j->k;
     const qvl__matrix *w = j->w;
-    int k = w->k, size = (int)qvl__type_size(w->type);
+    int k = w->k;
     size_t panel_bytes = qvl__cpu_panel_bytes(w->type, k), ldc = (size_t)count * QVL__PANEL;
     const char *panels = (const char *)w->data + (size_t)p0 * panel_bytes;
-    const float *x = j->x + (size_t)r0 * (size_t)k;
-    float *a = scratch, *slice = scratch + QVL__GEMM_A_FLOATS;
-
-    if (j->dot) {
-        int block = (QVL__GEMM_A_FLOATS / rows - QVL__PANEL) / 8 * 8 * 2; /* two to a float */
-        if (block > 4096) block = 4096;
-        if (rows > kern->mr && block > 2 * QVL__GEMM_K) block = 2 * QVL__GEMM_K;
-        size_t lda = (size_t)block / 2 + QVL__PANEL / 2;
-        for (int k0 = 0; k0 < k; k0 += block) {
-            int n = k - k0 < block ? k - k0 : block;
-            uint32_t *pairs = (uint32_t *)(void *)a;
-            for (int r = 0; r < rows; r++)
-                kern->narrow(QVL__BF16, (uint16_t *)(void *)(pairs + (size_t)r * lda), x + (size_t)r * (size_t)k + k0, n);
-            kern->gemm_dot(acc, ldc, pairs, lda, panels + (size_t)k0 * QVL__PANEL * 2, panel_bytes, rows, count, (n + 1) / 2,
-                k0 > 0);
+    if (!j->packed) {
+        kern->gemm(w->type, acc, ldc, j->x + (size_t)r0 * (size_t)k, (size_t)k, panels, panel_bytes, rows, count, k, false);
+        return;
+    }
+    for (int k0 = 0; k0 < k; k0 += j->block) {
+        int n = k - k0 < j->block ? k - k0 : j->block;
+        const char *a = j->packed + ((size_t)(k0 / j->block) * (size_t)j->rows + (size_t)r0) * j->stride;
+        if (j->form == INTS) {
+            const float *scale = (const float *)(const void *)(a + j->scales);
+            qvl__ints ints = {(const int8_t *)a, scale, (const int32_t *)(const void *)(scale + j->block / QVL__GROUP), j->stride};
+            kern->gemm_int(w->type, acc, ldc, &ints, panels, panel_bytes, rows, count, qvl__div_up(k, QVL__GROUP), k0 / QVL__GROUP,
+                qvl__div_up(n, QVL__GROUP), k0 > 0);
+            continue;
         }
-        return;
-    }
-    if (rows <= kern->mr) {
-        kern->gemm(w->type, acc, ldc, x, (size_t)k, panels, panel_bytes, rows, count, k, false);
-        return;
-    }
-    /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
-    bool in_registers = w->type == QVL__F32 || rows <= 3 * kern->mr;
-    int block = in_registers && w->type != QVL__F32 ? 2 * QVL__GEMM_K : QVL__GEMM_K;
-    size_t lda = (size_t)block + QVL__PANEL;
-    for (int k0 = 0; k0 < k; k0 += block) {
-        int n = k - k0 < block ? k - k0 : block;
-        for (int r = 0; r < rows; r++)
-            memcpy(a + (size_t)r * lda, x + (size_t)r * (size_t)k + k0, (size_t)n * sizeof(float));
-        const char *from = panels + (size_t)k0 * QVL__PANEL * (size_t)size;
-        if (in_registers) {
-            kern->gemm(w->type, acc, ldc, a, lda, from, panel_bytes, rows, count, n, k0 > 0);
+        const char *from = panels + (size_t)k0 * QVL__PANEL * qvl__type_size(w->type);
+        size_t lda = j->stride / sizeof(float);
+        if (j->form == PAIRS) {
+            kern->gemm_dot(acc, ldc, (const uint32_t *)(const void *)a, lda, from, panel_bytes, rows, count, (n + 1) / 2, k0 > 0);
+            continue;
+        }
+        const float *af = (const float *)(const void *)a;
+        if (!j->widen) {
+            kern->gemm(w->type, acc, ldc, af, lda, from, panel_bytes, rows, count, n, k0 > 0);
             continue;
         }
         size_t slice_floats = QVL__GEMM_K * QVL__PANEL;
@@ -103,21 +93,19 @@ static void accumulate(const job *j, float *scratch, int r0, int rows, int p0, i
             int np = count - p < kern->np ? count - p : kern->np;
             for (int i = 0; i < np; i++)
                 kern->widen(w->type, slice + (size_t)i * slice_floats, from + (size_t)(p + i) * panel_bytes, n);
-            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, a, lda, slice, slice_floats * sizeof(float), rows, np, n,
-                k0 > 0);
+            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, af, lda, slice, slice_floats * sizeof(float), rows, np, n, k0 > 0);
         }
     }
 }
 
 static void matmul_task(void *ctx, int task, int worker) {
     const job *j = ctx;
-    float *scratch = qvl__cpu_scratch(j->d, worker);
-    float *acc = scratch + QVL__GEMM_A_FLOATS + QVL__GEMM_SLICE_FLOATS;
+    float *slice = qvl__cpu_scratch(j->d, worker), *acc = slice + QVL__GEMM_SLICE_FLOATS;
     int r0 = task % j->row_blocks * j->block_rows;
     int r1 = j->rows - r0 < j->block_rows ? j->rows : r0 + j->block_rows;
     int p0 = task / j->row_blocks * j->per_task;
     int count = j->panels - p0 < j->per_task ? j->panels - p0 : j->per_task;
-    (qvl__type_quantised(j->w->type) ? accumulate_int : accumulate)(j, scratch, r0, r1 - r0, p0, count, acc);
+    accumulate(j, slice, r0, r1 - r0, p0, count, acc);
 
     int c0 = p0 / j->unit * QVL__PANEL, n = count / j->unit * QVL__PANEL;
     if (n > j->n_out - c0) n = j->n_out - c0;
@@ -127,29 +115,71 @@ static void matmul_task(void *ctx, int task, int worker) {
             bias, bias2, n);
 }
 
-void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias,
-    qvl__epilogue e) {
-    if (rows <= 0) return;
-    const struct qvl__kern *k = qvl__cpu_kern(d);
-    int threads = qvl__cpu_threads(d), unit = w->gate_up ? 2 : 1;
-    job j = {.k = k, .d = d, .y = y, .x = x, .rows = rows, .w = w, .bias = bias, .e = e, .unit = unit};
-    j.dot = d->bf16_math && w->type == QVL__BF16;
-    j.n_out = w->n / unit;
-    j.panels = qvl__div_up(j.n_out, QVL__PANEL) * unit;
-    j.block_rows = qvl__div_up(rows, qvl__div_up(rows, QVL__GEMM_ROWS)); /* nearly equal, then whole tiles: at most 96 */
-    if (rows > QVL__GEMM_ROWS) j.block_rows = qvl__div_up(j.block_rows, k->mr) * k->mr;
-    j.row_blocks = qvl__div_up(rows, j.block_rows);
+/* How rows are packed: the form, and blocks of k that leave room in the first-level cache for a panel's share of it. */
+static void plan_packing(job *j) {
+    const qvl__matrix *w = j->w;
+    bool many = j->rows > j->k->mr;
+    j->form = qvl__type_quantised(w->type) ? INTS : j->d->bf16_math && w->type == QVL__BF16 ? PAIRS : FLOATS;
+    /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
+    j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;
+    j->block = j->form == INTS ? 4 * QVL__GEMM_K : w->type == QVL__F32 || j->widen ? QVL__GEMM_K : 2 * QVL__GEMM_K;
+    if (!many) j->block = qvl__div_up(w->k, QVL__GROUP) * QVL__GROUP; /* all of it */
+    size_t one = j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : 1;
+    j->scales = (size_t)j->block * one;
+    j->stride = j->scales + (j->form == INTS ? (size_t)j->block / QVL__GROUP * 8 : 0);
+    j->stride = (j->stride + 63) / 64 * 64 + 64; /* whole lines, and never a power of two */
+}
+
+/* At most as many rows as the pack buffer holds. */
+static void matmul_rows(job *j) {
+    const struct qvl__kern *k = j->k;
+    qvl__device *d = (qvl__device *)(uintptr_t)j->d;
+    int threads = qvl__cpu_threads(d), rows = j->rows;
+    j->block_rows = qvl__div_up(rows, qvl__div_up(rows, QVL__GEMM_ROWS)); /* nearly equal, then whole tiles: at most 96 */
+    if (rows > QVL__GEMM_ROWS) j->block_rows = qvl__div_up(j->block_rows, k->mr) * k->mr;
+    j->row_blocks = qvl__div_up(rows, j->block_rows);
 
     /* Panels of a task: as many as the accumulators allow, few enough that every thread gets several tasks, and a
      * multiple of 8 (the widest tile) where the matrix is large. */
-    int most = QVL__GEMM_ACC_FLOATS / QVL__PANEL / j.block_rows;
+    int most = QVL__GEMM_ACC_FLOATS / QVL__PANEL / j->block_rows;
     int64_t tasks = (int64_t)threads * 4;
-    int64_t want = ((int64_t)j.panels * j.row_blocks + tasks - 1) / tasks;
+    int64_t want = ((int64_t)j->panels * j->row_blocks + tasks - 1) / tasks;
     want = want < 1 ? 1 : want > most ? most : want;
     if (want > 4) want = want >= 8 ? want / 8 * 8 : 4;
-    j.per_task = (int)want;
-    if (j.per_task % unit) j.per_task++;
+    j->per_task = (int)want;
+    if (j->per_task % j->unit) j->per_task++;
     /* Too little work to wake anybody for. */
-    if ((int64_t)rows * w->k * w->n < 65536 && j.panels <= most) j.per_task = j.panels;
-    qvl__pool_run(d->pool, j.row_blocks * qvl__div_up(j.panels, j.per_task), matmul_task, &j);
+    if ((int64_t)rows * j->w->k * j->w->n < 65536 && j->panels <= most) j->per_task = j->panels;
+    if (j->packed) {
+        j->pack_tasks = qvl__cpu_tasks(d, rows, (size_t)j->w->k);
+        qvl__pool_run(d->pool, j->pack_tasks, pack_task, j);
+    }
+    qvl__pool_run(d->pool, j->row_blocks * qvl__div_up(j->panels, j->per_task), matmul_task, j);
+}
+
+void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias,
+    qvl__epilogue e) {
+    if (rows <= 0) return;
+    struct qvl__cpu *c = d->impl;
+    int unit = w->gate_up ? 2 : 1;
+    job j = {.k = &c->kern, .d = d, .y = y, .x = x, .rows = rows, .w = w, .bias = bias, .e = e, .unit = unit};
+    j.n_out = w->n / unit;
+    j.panels = qvl__div_up(j.n_out, QVL__PANEL) * unit;
+    plan_packing(&j);
+    if (j.form == FLOATS && rows <= c->kern.mr) {
+        matmul_rows(&j);
+        return;
+    }
+    size_t row_bytes = (size_t)qvl__div_up(w->k, j.block) * j.stride;
+    int most = (int)(QVL__PACK_BYTES / row_bytes); /* at least one: QVL__MAX_K */
+    if (most > QVL__GEMM_ROWS) most = most / QVL__GEMM_ROWS * QVL__GEMM_ROWS;
+    pthread_mutex_lock(&c->packing);
+    j.packed = c->packed;
+    for (int r = 0; r < rows; r += j.rows) {
+        j.rows = rows - r < most ? rows - r : most;
+        j.x = x + (size_t)r * (size_t)w->k;
+        j.y = y + (size_t)r * (size_t)j.n_out;
+        matmul_rows(&j);
+    }
+    pthread_mutex_unlock(&c->packing);
 }

@@ -12,90 +12,92 @@
 /* ---- products of integers ----
  *
  * Weights are stored as unsigned integers (Q4: 8 added, Q8: 128 added), because that is what vpdpbusd and vpmaddubsw want
- * of one side; the sum of the activations times what was added is taken away again. All of it is exact, so the level, the
- * tile and the order do not matter; what rounds is one fused step for each group. */
+ * of one side; what was added, times the sum of the activations, is where the accumulators start. All of it is exact, so the
+ * level, the tile and the order do not matter; what rounds is one fused step for each group. */
 
 #if W == 16 || defined(QVL__ISA_avx2)
 #define HAVE_INT 1
 #endif
+#if HAVE_INT && !HAVE_VNNI && !defined(QVL__SIMD_EMULATE)
+#define INT_PAIRS 1 /* sums in 16 bits for Q4, products of 16 bits for Q8 */
+#endif
 
 #if HAVE_INT && !defined(QVL__SIMD_EMULATE)
-/* w: four neighbours in k for each of W columns, unsigned; a: four of a row, the same for all columns. */
-#if HAVE_VNNI
+/* Four neighbours in k for each of W columns, times four activations that are the same for all columns. A step is one load
+ * of weights: 4 in k (Q8), or 4 in the low halves and 4 in the high ones (Q4). */
+#if INT_PAIRS
+/* vpmaddubsw adds pairs into 16 bits, and the 16 products of a half lane still fit when one side has 4 bits: 16 * 15 * 127,
+ * or with what was added taken away 16 * 8 * 127. (On the way a sum may wrap, which takes nothing from the end.) So the
+ * halves of Q8's bytes are summed apart and meet at the end. */
 typedef struct {
-    vint t;
+    vint s, low; /* low: Q8 only */
 } isum;
-INLINE isum isum_zero(void) { return (isum){vint_set(0)}; }
-INLINE void isum_q4(isum *s, vint nibbles, vint a) { s->t = vint_dot(s->t, nibbles, a); }
-INLINE vint isum_total(const isum *s, int wide) {
-    (void)wide;
-    return s->t;
+INLINE isum int_start(vint start) { return (isum){start, vint_set(0)}; }
+INLINE void int_step(const int q8, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
+    (void)x;
+    vint y = vint_four(a + 4 * step);
+    if (q8) s->low = vint_add16(s->low, vint_maddubs(lo, y));
+    else s->s = vint_add16(s->s, vint_maddubs(lo, y));
+    s->s = vint_add16(s->s, vint_maddubs(hi, q8 ? y : vint_four(a + 4 * step + 16)));
+    KEEP(s->s);
+    if (q8) KEEP(s->low);
+}
+INLINE vint int_total(const int q8, const isum *s) {
+    vint t = vint_madd(s->s, vint_set(q8 ? 0x00100010 : 0x00010001));
+    return q8 ? vint_add(t, vint_madd(s->low, vint_set(0x00010001))) : t;
 }
 #else
-/* vpmaddubsw adds pairs into 16 bits: eight times 2 * 15 * 127 = 30,480 still fit, so the nibbles of a byte are summed
- * apart and meet at the end. */
 typedef struct {
-    vint lo, hi;
+    vint s;
 } isum;
-INLINE isum isum_zero(void) { return (isum){vint_set(0), vint_set(0)}; }
-INLINE void isum_q4(isum *s, vint nibbles, vint a) { s->lo = vint_add16(s->lo, vint_maddubs(nibbles, a)); }
-INLINE vint isum_total(const isum *s, int wide) {
-    vint t = vint_madd(s->lo, vint_set(0x00010001));
-    return wide ? vint_add(t, vint_madd(s->hi, vint_set(0x00100010))) : t;
+INLINE isum int_start(vint start) { return (isum){start}; }
+INLINE void int_step(const int q8, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
+    s->s = vint_dot(s->s, q8 ? x : lo, vint_four(a + 4 * step));
+    if (!q8) s->s = vint_dot(s->s, hi, vint_four(a + 4 * step + 16));
+    KEEP(s->s);
+}
+INLINE vint int_total(const int q8, const isum *s) {
+    (void)q8;
+    return s->s;
 }
 #endif
 
+/* mr rows by nv vectors from vector v0 of the panels on. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
                      size_t bs, int all_groups, int g0, int groups) {
     const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
     for (int g = 0; g < groups; g++) {
         isum s[6][4];
+        const char *q = (const char *)a->q + (size_t)row * a->stride + (size_t)g * QVL__GROUP;
+        const int32_t *start = (const int32_t *)(const void *)((const char *)a->start + (size_t)row * a->stride) + g;
+        const float *by = (const float *)(const void *)((const char *)a->scale + (size_t)row * a->stride) + g;
 #pragma GCC unroll 6
-        for (int i = 0; i < mr; i++)
+        for (int i = 0; i < mr; i++) {
+            vint from = vint_set(start[(size_t)i * (a->stride / 4)]);
 #pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) s[i][j] = isum_zero();
-        const int8_t *q = a->q + (size_t)row * a->ldq + (size_t)g * QVL__GROUP;
-#pragma GCC unroll 4
-        for (int step = 0; step < 4; step++) {
+            for (int j = 0; j < nv; j++) s[i][j] = int_start(from);
+        }
+        for (int step = 0; step < (q8 ? 8 : 4); step++) {
+            vint x[4], lo[4], hi[4];
 #pragma GCC unroll 4
             for (int j = 0; j < nv; j++) {
-                const char *w = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * 4 * W;
-                if (q8) {
-#pragma GCC unroll 2
-                    for (int odd = 0; odd < 2; odd++) {
-                        vint x = vint_load(w + (size_t)(2 * step + odd) * 4 * PANEL);
-#if HAVE_VNNI
-#pragma GCC unroll 6
-                        for (int i = 0; i < mr; i++) s[i][j].t = vint_dot(s[i][j].t, x, vint_four(q + (size_t)i * a->ldq + 8 * step + 4 * odd));
-#else
-                        vint lo = vint_low(x), hi = vint_high(x);
-#pragma GCC unroll 6
-                        for (int i = 0; i < mr; i++) {
-                            vint y = vint_four(q + (size_t)i * a->ldq + 8 * step + 4 * odd);
-                            s[i][j].lo = vint_add16(s[i][j].lo, vint_maddubs(lo, y));
-                            s[i][j].hi = vint_add16(s[i][j].hi, vint_maddubs(hi, y));
-                        }
-#endif
-                    }
-                } else {
-                    vint x = vint_load(w + (size_t)step * 4 * PANEL), lo = vint_low(x), hi = vint_high(x);
-#pragma GCC unroll 6
-                    for (int i = 0; i < mr; i++) {
-                        isum_q4(&s[i][j], lo, vint_four(q + (size_t)i * a->ldq + 4 * step));
-                        isum_q4(&s[i][j], hi, vint_four(q + (size_t)i * a->ldq + 4 * step + 16));
-                    }
-                }
+                const char *panel = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body;
+                x[j] = vint_load(panel + (size_t)((v0 + j) % VP) * 4 * W + (size_t)step * 4 * PANEL);
+                lo[j] = vint_low(x[j]);
+                hi[j] = vint_high(x[j]);
             }
+#pragma GCC unroll 6
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < nv; j++) int_step(q8, &s[i][j], x[j], lo[j], hi[j], q + (size_t)i * a->stride, step);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
             vf scale = vload_bf16((const uint16_t *)(const void *)(b + (size_t)((v0 + j) / VP) * bs) + (size_t)(g0 + g) * PANEL + (v0 + j) % VP * W);
 #pragma GCC unroll 6
             for (int i = 0; i < mr; i++) {
-                size_t at = (size_t)(row + i) * a->lds + (size_t)g;
-                vint total = vint_less(isum_total(&s[i][j], q8), vint_set(a->sum[at]), q8 ? 7 : 3); /* 128 or 8 times the sum */
                 float *to = c + (size_t)i * ldc + (v0 + j) * W;
-                vstore(to, vfma(vint_float(total), vmul(scale, vset(a->scale[at])), vload(to)));
+                vstore(to, vfma(vint_float(int_total(q8, &s[i][j])), vmul(scale, vset(by[(size_t)i * (a->stride / 4)])), vload(to)));
             }
         }
     }
@@ -109,10 +111,10 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
         for (int i = 0; i < mr; i++)
             for (int g = 0; g < groups; g++) {
                 const uint8_t *w = (const uint8_t *)b + (size_t)p * bs + head + (size_t)(g0 + g) * body;
-                const int8_t *q = a->q + (size_t)(row + i) * a->ldq + (size_t)g * QVL__GROUP;
-                size_t at = (size_t)(row + i) * a->lds + (size_t)g;
+                size_t at = (size_t)(row + i) * a->stride;
+                const int8_t *q = (const int8_t *)a->q + at + (size_t)g * QVL__GROUP;
                 int32_t t[PANEL];
-                for (int j = 0; j < PANEL; j++) t[j] = a->sum[at] * (q8 ? -128 : -8);
+                for (int j = 0; j < PANEL; j++) t[j] = ((const int32_t *)(const void *)((const char *)a->start + at))[g];
                 for (int four = 0; four < (q8 ? 8 : 4); four++)
                     for (int j = 0; j < PANEL; j++)
                         for (int l = 0; l < 4; l++) {
@@ -123,8 +125,9 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
                     float f[W];
                     for (int l = 0; l < W; l++) f[l] = (float)t[j + l];
                     vf scale = vload_bf16((const uint16_t *)(const void *)(b + (size_t)p * bs) + (size_t)(g0 + g) * PANEL + j);
+                    vf by = vset(((const float *)(const void *)((const char *)a->scale + at))[g]);
                     float *to = c + (size_t)i * ldc + p * PANEL + j;
-                    vstore(to, vfma(vload(f), vmul(scale, vset(a->scale[at])), vload(to)));
+                    vstore(to, vfma(vload(f), vmul(scale, by), vload(to)));
                 }
             }
 }
@@ -136,8 +139,14 @@ typedef void int_fn(float *c, size_t ldc, const qvl__ints *a, int row, const cha
 #define INT_TILE(Q, M, NAME, NP, NV)                                                                                           \
     static void int_##Q##_##M##_##NAME(float *c, size_t ldc, const qvl__ints *a, int row, const char *b, size_t bs, int all_groups, \
                                        int g0, int groups) {                                                                   \
-        for (int v = 0; v < NP * VP; v += NV) int_tile(Q == 8, M, v, NV, c, ldc, a, row, b, bs, all_groups, g0, groups);        \
+        const int nv = INT_WIDTH(Q, NV);                                                                                       \
+        for (int v = 0; v < NP * VP; v += nv) int_tile(Q == 8, M, v, nv, c, ldc, a, row, b, bs, all_groups, g0, groups);        \
     }
+#if INT_PAIRS && W == 8 /* 16 registers, and Q8 takes two for each sum */
+#define INT_WIDTH(Q, NV) (Q == 8 && NV > 1 ? NV / 2 : NV)
+#else
+#define INT_WIDTH(Q, NV) NV
+#endif
 #define INT_LEAST(NV) (NV < VP ? NV : VP)
 #define INT_TILES(M, NP, NV)                                                              \
     INT_TILE(8, M, wide, NP, NV) INT_TILE(8, M, one, 1, INT_LEAST(NV)) INT_TILE(4, M, wide, NP, NV) INT_TILE(4, M, one, 1, INT_LEAST(NV))
@@ -173,13 +182,27 @@ static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, c
     }
 }
 
+/* Where the accumulators of a group start: what was added to the weights, taken away again. */
+INLINE int32_t int_from(const int q8, const int8_t *q, int32_t sum) {
+#if INT_PAIRS
+    (void)q8; /* the high half of a Q8 weight stands 8 too high, as a Q4 weight does */
+    int32_t first = 0; /* what falls to the low half of a lane */
+    for (int i = 0; i < QVL__GROUP; i += 4) first += q[i] + q[i + 1];
+    return (int32_t)((uint32_t)(uint16_t)(-8 * first) | (uint32_t)(uint16_t)(-8 * (sum - first)) << 16);
+#else
+    (void)q;
+    return (q8 ? -128 : -8) * sum;
+#endif
+}
+
 /* Activations to integers, group by group; what lies past k in the last group is zero. */
-static void quantize_rows(int8_t *q, float *scale, int32_t *sum, const float *x, int k) {
-    int g = 0;
-    for (; (g + 1) * QVL__GROUP <= k; g++) scale[g] = quantize_sum(q + g * QVL__GROUP, x + g * QVL__GROUP, QVL__GROUP, &sum[g]);
-    if (g * QVL__GROUP < k) {
-        memset(q + g * QVL__GROUP, 0, QVL__GROUP);
-        scale[g] = quantize_sum(q + g * QVL__GROUP, x + g * QVL__GROUP, k - g * QVL__GROUP, &sum[g]);
+static void quantize_rows(qvl__type type, int8_t *q, float *scale, int32_t *start, const float *x, int k) {
+    for (int g = 0; g * QVL__GROUP < k; g++, q += QVL__GROUP, x += QVL__GROUP) {
+        int n = k - g * QVL__GROUP;
+        int32_t sum;
+        if (n < QVL__GROUP) memset(q, 0, QVL__GROUP);
+        scale[g] = n < QVL__GROUP ? quantize_sum(q, x, n, &sum) : quantize_sum(q, x, QVL__GROUP, &sum);
+        start[g] = int_from(type == QVL__Q8, q, sum);
     }
 }
 

@@ -477,6 +477,7 @@ int ISA_INIT(struct qvl__kern *k) {
         .isa = ISA_NAME,
         .mr = MR,
         .np = NP4,
+        .widen_first = WIDEN_FIRST,
         .gemm = gemm,
 #if HAVE_DOT
         .gemm_dot = gemm_dot,

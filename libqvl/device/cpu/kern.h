@@ -16,19 +16,20 @@
 /* Bytes of the scales at the beginning of a Q8 or Q4 panel: [groups][16] bf16, then the integers begin a cache line. */
 #define QVL__INT_HEAD(groups) (((size_t)(groups) * QVL__PANEL * 2 + 63) / 64 * 64)
 
-/* Rows of activations as integers of -127..127 with a scale and a sum for each group. */
+/* Rows of activations as integers of -127..127; for each group a scale, and where its integer sum starts (which is the
+ * level's own business: int_from in integers.h). All three lie stride bytes from row to row (a multiple of 4). */
 typedef struct {
     const int8_t *q;
-    size_t ldq; /* integers from row to row: whole groups */
     const float *scale;
-    const int32_t *sum; /* of the group's integers */
-    size_t lds; /* groups from row to row */
+    const int32_t *start;
+    size_t stride;
 } qvl__ints;
 
 struct qvl__kern {
     const char *isa;
     int mr; /* rows of the largest tile */
     int np; /* panels of the tile of mr rows */
+    bool widen_first; /* many rows: weights of 16 bits are widened to scratch once, rather than in registers by each tile */
 
     /* c[r][16 p + j] = sum over i = 0..k-1, in that order and into one accumulator, of a[r][i] * panel p [i][j]. With
      * resume the accumulator starts from c instead of zero, so that k may be cut anywhere (at an even place for BF16)
@@ -50,8 +51,8 @@ struct qvl__kern {
     /* n floats as integers of -127..127, rounded to nearest even; returns the scale that brings them back: NaN when one
      * of them is not finite. */
     float (*quantize)(int8_t *dst, const float *src, int n);
-    /* A row of k floats so, group by group: whole groups of integers, with scale and sum of each. */
-    void (*quantize_rows)(int8_t *q, float *scale, int32_t *sum, const float *x, int k);
+    /* A row of k floats for products with weights of a type (qvl__ints): whole groups, with scale and start of each. */
+    void (*quantize_rows)(qvl__type type, int8_t *q, float *scale, int32_t *start, const float *x, int k);
     /* QVL__GROUP weights as unsigned integers (Q4: 8 added, Q8: 128) with the least squared error that a search finds;
      * returns their bf16 scale, NaN when one is not finite. The same bytes at every level. */
     uint16_t (*quantize_weights)(qvl__type type, uint8_t *out, const float *src);

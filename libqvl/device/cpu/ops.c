@@ -175,6 +175,8 @@ static void cpu_close(qvl__device *d) {
     struct qvl__cpu *c = d->impl;
     if (c) {
         if (c->scratch) qvl__pages_free(c->scratch, c->slice * (size_t)c->threads);
+        if (c->packed) qvl__pages_free(c->packed, QVL__PACK_BYTES);
+        pthread_mutex_destroy(&c->packing);
         qvl__free(c);
     }
     qvl__free(d);
@@ -189,12 +191,14 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
         qvl__free(d);
         return QVL_ENOMEM;
     }
+    pthread_mutex_init(&c->packing, NULL);
     init(&c->kern);
     c->threads = qvl__pool_threads(pool);
     size_t attention = QVL__ATTN_FLOATS(QVL__ATTN_MAX_DIM) * sizeof(float);
     c->slice = ((QVL__GEMM_SCRATCH > attention ? QVL__GEMM_SCRATCH : attention) + 4095) / 4096 * 4096;
     c->scratch = qvl__pages(c->slice * (size_t)c->threads);
-    if (!c->scratch) {
+    c->packed = qvl__pages(QVL__PACK_BYTES);
+    if (!c->scratch || !c->packed) {
         cpu_close(d);
         return QVL_ENOMEM;
     }

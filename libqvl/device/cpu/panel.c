@@ -33,6 +33,7 @@ int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, i
     memset(m, 0, sizeof *m);
     if (n <= 0 || k <= 0 || (gate_up && n % 2))
         return qvl__fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
+    if (k > QVL__MAX_K) return qvl__fail(QVL_EUNSUPPORTED, "a weight of %d inputs: at most %d are supported", k, QVL__MAX_K);
     size_t panels = gate_up ? 2 * (size_t)qvl__div_up(n / 2, QVL__PANEL) : (size_t)qvl__div_up(n, QVL__PANEL);
     size_t one = qvl__cpu_panel_bytes(type, k);
     if (panels > SIZE_MAX / one) return qvl__fail(QVL_ENOMEM, "a weight of %d by %d does not fit the address space", n, k);

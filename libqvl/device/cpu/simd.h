@@ -51,13 +51,14 @@
 #include <immintrin.h>
 #define W 8
 #define MR 6
+#define WIDEN_FIRST 0 /* shifts and masks find free ports beside two FMA */
 #define NP1 4
 #define NP2 2
 #define NP4 1
 #define INT_MR 4
 #define INT_NP 1
 #define INT_NP1 2
-#define INT_NV 1
+#define INT_NV 2
 #define INT_NV1 4
 typedef __m256 vf;
 typedef __m256i vu;
@@ -99,7 +100,6 @@ typedef __m256i vint;
 INLINE vint vint_set(int x) { return _mm256_set1_epi32(x); }
 INLINE vint vint_load(const void *p) { return _mm256_loadu_si256(p); }
 INLINE vint vint_add(vint a, vint b) { return _mm256_add_epi32(a, b); }
-INLINE vint vint_less(vint a, vint b, const int shift) { return _mm256_sub_epi32(a, _mm256_slli_epi32(b, shift)); } /* a - (b << shift) */
 INLINE vint vint_add16(vint a, vint b) { return _mm256_add_epi16(a, b); }
 INLINE vint vint_low(vint a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 INLINE vint vint_high(vint a) { return vint_low(_mm256_srli_epi16(a, 4)); }
@@ -115,6 +115,7 @@ INLINE vf vload_bf16(const uint16_t *p) {
 #include <immintrin.h>
 #define W 16
 #define MR 6
+#define WIDEN_FIRST 1
 #define NP1 8
 #define NP2 4
 #define NP4 4
@@ -153,7 +154,6 @@ typedef __m512i vint;
 INLINE vint vint_set(int x) { return _mm512_set1_epi32(x); }
 INLINE vint vint_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vint vint_add(vint a, vint b) { return _mm512_add_epi32(a, b); }
-INLINE vint vint_less(vint a, vint b, const int shift) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, (unsigned)shift)); }
 INLINE vint vint_add16(vint a, vint b) { return _mm512_add_epi16(a, b); }
 INLINE vint vint_low(vint a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vint vint_high(vint a) { return vint_low(_mm512_srli_epi16(a, 4)); }
@@ -180,6 +180,7 @@ INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
 #if defined(QVL__ISA_generic)
 #define W 4
 #define MR 3
+#define WIDEN_FIRST 1
 #define NP1 2
 #define NP2 1
 #define NP4 1
@@ -191,6 +192,7 @@ INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
 #else
 #define W 16
 #define MR 6
+#define WIDEN_FIRST 1
 #define NP1 8
 #define NP2 4
 #define NP4 4
@@ -324,8 +326,11 @@ INLINE float vmax_lanes(vf a) { REDUCE(max, a); }
 #endif
 
 #if !defined(QVL__ISA_generic) && !defined(QVL__SIMD_EMULATE)
-/* Four signed bytes, the same for all lanes. */
-INLINE vint vint_four(const int8_t *p) {
+/* x stays in a register here: the compiler would otherwise reorder sums, and run out of registers for their parts. */
+#define KEEP(x) __asm__("" : "+v"(x))
+
+/* Four bytes, the same for all lanes. */
+INLINE vint vint_four(const char *p) {
     int32_t x;
     memcpy(&x, p, 4);
     return vint_set(x);
