@@ -121,14 +121,22 @@ QVL_API int qvl_option_info(int index, const char **name, const char **type, con
 
 /* ------------------------------------------------------------------------------------------------------------ model */
 
-/* Loads a Hugging Face directory (config.json, tokenizer.json, *.safetensors ...). Options: device, dtype, threads,
+/* Loads a Hugging Face directory (config.json, tokenizer.json, *.safetensors ...), or one that qvl_quantize made, whose
+ * weights are mapped: that takes no time, and processes share them; its files must stay as they are. Options: device, dtype, threads,
  * chat_template, progress. QVL_EUNSUPPORTED names an unknown architecture, tensor or template; QVL_EFORMAT a missing,
- * extra, misshapen or truncated one. Files are not needed after it returns. */
+ * extra, misshapen or truncated one. Other files are not needed after it returns. */
 QVL_API int qvl_model_load(qvl_model **out, const char *path, const qvl_options *o);
 QVL_API void qvl_model_free(qvl_model *m);
 /* A JSON object: family, template, dtype, device, isa, threads, weight_bytes, parameters, vocab_size, max_context,
  * text {...} and vision {...} shapes, generation defaults, weights_id. *json with qvl_free. [any thread] */
 QVL_API int qvl_model_info(const qvl_model *m, char **json);
+/* Writes the directory out (made if missing): the model at path with its weights as option dtype asks (int4, int8, bf16, f32,
+ * or auto: as stored), in the layout that they have in memory, and copies of its other files. A weight at a time, so memory
+ * stays near the largest one. Options: dtype, threads, progress. *report (may be NULL) is a JSON object: dtype, weights,
+ * bytes, matrices [{name, weights, bytes, error}], error being the root of the squared error of a matrix' numbers over that
+ * of the numbers; *report with qvl_free. QVL_EINVAL when out has packed weights already. After a failure or a progress
+ * callback that stops it there is no packed file. [any thread] */
+QVL_API int qvl_quantize(const char *path, const char *out, const qvl_options *o, char **report);
 /* The model's tokenizer; borrowed, lives as long as the model. [any thread] */
 QVL_API const qvl_tokenizer *qvl_model_tokenizer(const qvl_model *m);
 

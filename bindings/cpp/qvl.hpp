@@ -241,6 +241,14 @@ using progress_fn = std::function<bool(std::uint64_t done, std::uint64_t total)>
 // A piece of the answer; false stops it.
 using text_fn = std::function<bool(std::string_view piece)>;
 
+// Writes the directory out with the model's weights as option dtype asks, laid out so that loading maps them; the report,
+// a JSON object.
+inline std::string quantize(const std::string &path, const std::string &out, const options *o = nullptr) {
+    char *json = nullptr;
+    check(qvl_quantize(path.c_str(), out.c_str(), detail::raw(o), &json));
+    return detail::take_string(json);
+}
+
 class model : public detail::handle<qvl_model> {
 public:
     explicit model(const std::string &path, const options *o = nullptr) { load(path, detail::raw(o)); }

@@ -9,7 +9,7 @@
 
 #include "tool.h"
 
-static const tool_command *const commands[] = {&tool_describe, &tool_chat, &tool_info, &tool_tokenize, &tool_bench};
+static const tool_command *const commands[] = {&tool_describe, &tool_chat, &tool_info, &tool_tokenize, &tool_quantize, &tool_bench};
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
 static void overview(FILE *f) {

@@ -132,6 +132,6 @@ double tool_tokens_per_second(const tool_answer *a); /* of decoding; NaN with fe
 /* {"role": role, "content": text}, or NULL after a message when text is not UTF-8. */
 json_t *tool_text_message(const char *role, const char *text, size_t len);
 
-extern const tool_command tool_describe, tool_chat, tool_info, tool_tokenize, tool_bench, tool_bench_serve;
+extern const tool_command tool_describe, tool_chat, tool_info, tool_tokenize, tool_quantize, tool_bench, tool_bench_serve;
 
 #endif

@@ -85,10 +85,34 @@ typedef struct {
     qvl__map *maps;
     char **paths;
     int n_maps;
+    char *packed; /* a packed directory (pack.c): what its weights are, "int4"; NULL: a plain one */
 } qvl__safetensors;
 int qvl__safetensors_open(qvl__safetensors *s, const char *dir);
 void qvl__safetensors_close(qvl__safetensors *s);
 qvl__tensor *qvl__safetensors_find(qvl__safetensors *s, const char *name);
+
+/* ---- pack.c: weights as they lie in memory, in one file ---- */
+
+#define QVL__PACKED_FILE "qvl.safetensors"
+#define QVL__PACKED_FORMAT "qvl-packed-1"
+
+typedef struct {
+    char *path, *temporary;
+    int fd;
+    qvl__buf header, report;
+    size_t reserved;  /* bytes of the file before the data */
+    uint64_t written; /* bytes of data */
+    const char *kind; /* what most weights are, once it ended */
+} qvl__packer;
+/* Begins dir/qvl.safetensors under a temporary name, with room for about entries weights in its header. */
+int qvl__packer_begin(qvl__packer *p, const char *dir, size_t entries);
+int qvl__packer_add(qvl__packer *p, const char *name, const char *dtype, int rank, const uint64_t *shape, const void *data);
+/* A line of the report: [{"name", "weights", "bytes", "error"}, ...] without the brackets. */
+void qvl__packer_note(qvl__packer *p, const char *name, uint64_t weights, uint64_t bytes, double error);
+/* Writes the header and gives the file its name. */
+int qvl__packer_end(qvl__packer *p, const char *kind);
+/* Also after a failure, when it removes what was begun. */
+void qvl__packer_free(qvl__packer *p);
 
 /* ---- weights.c ---- */
 
@@ -118,8 +142,12 @@ typedef struct {
     uint64_t bytes, parameters;
     uint8_t id[32]; /* SHA-256 over names, types, shapes and sampled contents */
     qvl__type type; /* type of most weights */
+    qvl__map file;  /* a packed file, in which the matrices lie */
 } qvl__weights;
 int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
+                      qvl_progress_fn progress, void *ud);
+/* The same weights into a packed file, one after the other. */
+int qvl__weights_pack(qvl__packer *to, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
                       qvl_progress_fn progress, void *ud);
 void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d);
 

@@ -67,6 +67,17 @@ static int by_address(const void *a, const void *b) {
 
 static int by_name(const void *a, const void *b) { return strcmp(((const qvl__tensor *)a)->name, ((const qvl__tensor *)b)->name); }
 
+/* A packed file says so here; a plain one may say anything. */
+static int read_metadata(qvl__safetensors *s, const char *path, const json_t *v) {
+    const char *format = json_string_value(json_object_get(v, "format")), *kind = json_string_value(json_object_get(v, "weights"));
+    if (!format || strncmp(format, "qvl-packed-", 11) != 0) return 0;
+    if (strcmp(format, QVL__PACKED_FORMAT) != 0)
+        return qvl__fail(QVL_EUNSUPPORTED, "%s: format %.40s is not known to this version (%s); quantize the model again", path, format, QVL__PACKED_FORMAT);
+    if (!kind || s->n_maps != 1) return qvl__fail(QVL_EFORMAT, "%s: the header of a packed file, but not all of it", path);
+    s->packed = qvl__strndup(kind, strlen(kind));
+    return s->packed ? 0 : QVL_ENOMEM;
+}
+
 static int open_shard(qvl__safetensors *s, int shard) {
     const char *path = s->paths[shard];
     qvl__map *map = &s->maps[shard];
@@ -88,7 +99,11 @@ static int open_shard(qvl__safetensors *s, int shard) {
     const char *name;
     json_t *v;
     if (rc == 0) json_object_foreach(root, name, v) {
-        if (strcmp(name, "__metadata__") == 0) continue;
+        if (strcmp(name, "__metadata__") == 0) {
+            rc = read_metadata(s, path, v);
+            if (rc) break;
+            continue;
+        }
         qvl__tensor *t = &s->tensors[s->n];
         *t = (qvl__tensor){.shard = shard};
         rc = parse_tensor(t, path, name, v, map, data_at);
@@ -132,6 +147,9 @@ static int list_shards(qvl__safetensors *s, const char *dir) {
     char path[PATH];
     int n = snprintf(path, sizeof path, "%s/model.safetensors.index.json", dir);
     if (n < 0 || n >= PATH) return qvl__fail(QVL_EINVAL, "%.200s...: path is too long", dir);
+    char packed[PATH];
+    snprintf(packed, sizeof packed, "%s/" QVL__PACKED_FILE, dir);
+    if (qvl__file_exists(packed)) return add_shard(s, dir, QVL__PACKED_FILE);
     if (!qvl__file_exists(path)) return add_shard(s, dir, "model.safetensors");
     json_t *root;
     int rc = qvl__json_file(&root, path);
@@ -172,6 +190,7 @@ void qvl__safetensors_close(qvl__safetensors *s) {
     qvl__free(s->tensors);
     qvl__free(s->maps);
     qvl__free(s->paths);
+    qvl__free(s->packed);
     *s = (qvl__safetensors){0};
 }
 

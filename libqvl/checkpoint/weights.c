@@ -5,11 +5,13 @@
  * Output:     qvl__weights.
  * Invariants: q, k, v share one matrix, gate and up another: one pass over the activations each;
  *             mapped pages are given back as soon as they are packed, so loading needs the weights once, not twice;
+ *             a packed directory (pack.c) holds the matrices as the device wants them: they are mapped, not read;
  *             a stored type is kept when it holds the values exactly (dtype auto, f32), rounded only for bf16, int8 and int4:
  *             int8 takes every product but the router's, whose choices are worth more than its bytes; int4 the text layers,
  *             while the embedding, the head and the vision tower stay at int8.
  */
 #include <inttypes.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -25,6 +27,9 @@ typedef struct {
     qvl__weights *w;
     const char *dir;
     const char *text, *vision; /* prefixes of the two key styles */
+    bool packed;               /* the directory is a packed one */
+    qvl__packer *to;           /* each weight goes there instead of staying; NULL: it stays */
+    char at[48];               /* where we are, in the names of packed files: "text.3." */
     bool round_bf16;
     const qvl__type *force; /* type of the matrices to come; NULL: theirs */
     uint64_t done, total;
@@ -41,21 +46,20 @@ static int type_of(const qvl__tensor *t, qvl__type *out) {
     return 0;
 }
 
-/* The tensor of a name (prefix + printf of rest) that must have this shape; rank 2 dims may be stored flattened from
- * more (the patch embedding's Conv3d weight). Marks it used. */
-static qvl__tensor *need(loader *l, int64_t rows, int64_t cols, const char *prefix, const char *fmt, ...) QVL__PRINTF(5, 6);
-static qvl__tensor *need(loader *l, int64_t rows, int64_t cols, const char *prefix, const char *fmt, ...) {
-    if (l->rc) return NULL;
-    char name[256];
-    int n = snprintf(name, sizeof name, "%s", prefix);
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(name + n, sizeof name - (size_t)n, fmt, ap);
-    va_end(ap);
-    qvl__tensor *t = qvl__safetensors_find(&l->st, name);
+/* What a weight is made of: a tensor and the shape that it must have, cols 0 for a vector. Without tensor (packed files
+ * have no such parts, and after a failure) the shape alone. */
+typedef struct {
+    qvl__tensor *t;
+    int64_t rows, cols;
+} source;
+
+#define NONE ((source){0})
+
+/* Marks a tensor used, when it is there and has this shape. */
+static void check_shape(loader *l, qvl__tensor *t, const char *name, int64_t rows, int64_t cols) {
     if (!t) {
         l->rc = qvl__fail(QVL_EFORMAT, "%s: tensor %s is missing", l->dir, name);
-        return NULL;
+        return;
     }
     int64_t rest = 1;
     for (int i = 1; i < t->rank; i++) rest *= t->shape[i];
@@ -66,27 +70,44 @@ static qvl__tensor *need(loader *l, int64_t rows, int64_t cols, const char *pref
         if (cols) snprintf(want, sizeof want, "%" PRId64 "x%" PRId64, rows, cols);
         else snprintf(want, sizeof want, "%" PRId64, rows);
         l->rc = qvl__fail(QVL_EFORMAT, "%s: tensor %s has shape %s, config.json asks for %s", l->dir, name, have, want);
-        return NULL;
+        return;
     }
     t->used = true;
+}
+
+/* The tensor of a name (prefix + printf of rest) that must have this shape; rank 2 dims may be stored flattened from
+ * more (the patch embedding's Conv3d weight). Marks it used. */
+static source need(loader *l, int64_t rows, int64_t cols, const char *prefix, const char *fmt, ...) QVL__PRINTF(5, 6);
+static source need(loader *l, int64_t rows, int64_t cols, const char *prefix, const char *fmt, ...) {
+    source s = {NULL, rows, cols};
+    if (l->rc) return s;
     l->w->parameters += (uint64_t)(cols ? rows * cols : rows);
-    return t;
+    if (l->packed) return s;
+    char name[256];
+    int n = snprintf(name, sizeof name, "%s", prefix);
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(name + n, sizeof name - (size_t)n, fmt, ap);
+    va_end(ap);
+    qvl__tensor *t = qvl__safetensors_find(&l->st, name);
+    check_shape(l, t, name, rows, cols);
+    if (l->rc == 0) s.t = t;
+    return s;
 }
 
 static void advance(loader *l, const qvl__tensor *t, const uint8_t *from, size_t bytes) {
     const qvl__map *map = &l->st.maps[t->shard];
-    qvl__map_forget(map, (size_t)(from - map->data), bytes);
+    if (!l->packed) qvl__map_forget(map, (size_t)(from - map->data), bytes);
     l->done += bytes;
     if (l->rc == 0 && l->progress && l->progress(l->ud, l->done, l->total) != 0)
         l->rc = qvl__fail(QVL_ECANCELLED, "%s: loading was cancelled by the progress callback", l->dir);
 }
 
 /* The narrowest type that holds all of ts exactly, or bf16 when rounding was asked for. */
-static int common_type(loader *l, qvl__tensor *const *ts, int n, qvl__type *out) {
+static int common_type(loader *l, const source *ts, int n, qvl__type *out) {
     for (int i = 0; i < n; i++) {
         qvl__type t;
-        if (!ts[i]) return l->rc;
-        if ((l->rc = type_of(ts[i], &t)) < 0) return l->rc;
+        if ((l->rc = type_of(ts[i].t, &t)) < 0) return l->rc;
         *out = i == 0 || *out == t ? t : QVL__F32;
     }
     if (l->round_bf16) *out = QVL__BF16;
@@ -117,19 +138,28 @@ static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
     }
 }
 
-/* One matrix out of one to three tensors stacked along the outputs. */
-static void matrix(loader *l, qvl__matrix *m, bool gate_up, qvl__tensor *a, qvl__tensor *b, qvl__tensor *c) {
-    qvl__tensor *ts[3] = {a, b, c};
-    int n = c ? 3 : b ? 2 : 1, outputs = 0;
+/* A matrix of a packed file; its type is the end of its name. */
+static void map_matrix(loader *l, qvl__matrix *m, bool gate_up, int n, int k, const char *part) {
+    static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4};
+    char name[96];
+    qvl__tensor *t = NULL;
     qvl__type type = QVL__F32;
-    if (l->rc || common_type(l, ts, n, &type) < 0) return;
-    int64_t k = 1;
-    for (int i = 1; i < a->rank; i++) k *= a->shape[i];
-    for (int i = 0; i < n; i++) outputs += (int)ts[i]->shape[0];
-    if ((l->rc = l->d->matrix_new(l->d, m, type, outputs, (int)k, gate_up)) < 0) return;
+    for (size_t i = 0; !t && i < sizeof types / sizeof *types; i++) {
+        type = types[i];
+        snprintf(name, sizeof name, "%s%s.%s", l->at, part, qvl__type_name(type));
+        t = qvl__safetensors_find(&l->st, name);
+    }
+    if (!t) {
+        l->rc = qvl__fail(QVL_EFORMAT, "%s: weight %s%s is missing", l->dir, l->at, part);
+        return;
+    }
+    if ((l->rc = l->d->matrix_map(l->d, m, type, n, k, gate_up, t->data, t->bytes)) < 0) {
+        qvl__context(l->rc, "%s: %s", l->dir, name);
+        return;
+    }
+    t->used = true;
     l->w->bytes += m->bytes;
-    if (!l->force) l->w->type = type;
-    for (int i = 0, first = 0; i < n; first += (int)ts[i]->shape[0], i++) pack(l, m, first, ts[i]);
+    advance(l, t, t->data, t->bytes);
 }
 
 static float half_to_float(uint16_t h) {
@@ -144,10 +174,86 @@ static float half_to_float(uint16_t h) {
     return f;
 }
 
+/* n numbers of a tensor as floats; src may lie at any address. */
+static void widen(float *out, qvl__type type, const uint8_t *src, size_t n) {
+    if (type == QVL__F32) memcpy(out, src, n * sizeof(float));
+    else for (size_t i = 0; i < n; i++) {
+        uint16_t u;
+        memcpy(&u, src + 2 * i, 2);
+        uint32_t wide = (uint32_t)u << 16;
+        if (type == QVL__BF16) memcpy(&out[i], &wide, 4);
+        else out[i] = half_to_float(u);
+    }
+}
+
+/* sqrt(sum (w - packed w)^2 / sum w^2) over at most ROWS output features, evenly chosen. */
+#define ROWS 256
+static double error_of(loader *l, const qvl__matrix *m, const source *ts) {
+    size_t k = (size_t)m->k;
+    float *is = qvl__array(NULL, 2 * k, sizeof(float)), *was = is ? is + k : NULL;
+    double square = 0, wrong = 0;
+    for (int i = 0; is && i < ROWS && i < m->n; i++) {
+        int32_t f = (int32_t)((int64_t)i * m->n / (m->n < ROWS ? m->n : ROWS)), row = f;
+        const source *from = ts;
+        for (; row >= from->rows; from++) row -= (int32_t)from->rows;
+        qvl__type type;
+        type_of(from->t, &type);
+        widen(was, type, from->t->data + (size_t)row * k * qvl__type_size(type), k);
+        l->d->embed(l->d, is, m, &f, 1);
+        for (size_t j = 0; j < k; j++) {
+            double d = (double)was[j] - (double)is[j];
+            square += (double)was[j] * (double)was[j];
+            wrong += d * d;
+        }
+    }
+    if (!is) l->rc = QVL_ENOMEM;
+    qvl__free(is);
+    return square > 0 ? sqrt(wrong / square) : 0;
+}
+
+/* A finished matrix of the loader: stays, or goes to the packer. error: what rounding did to it. */
+static void settle(loader *l, qvl__matrix *m, const char *part, double error) {
+    l->w->bytes += m->bytes;
+    if (!l->to || l->rc) return;
+    char name[96];
+    snprintf(name, sizeof name, "%s%s.%s", l->at, part, qvl__type_name(m->type));
+    l->rc = qvl__packer_add(l->to, name, "U8", 1, &(uint64_t){m->bytes}, m->data);
+    qvl__packer_note(l->to, name, (uint64_t)m->n * (uint64_t)m->k, m->bytes, error);
+    l->d->matrix_free(l->d, m);
+}
+
+/* One matrix out of one to three tensors stacked along the outputs (rows 0: no tensor). */
+static void matrix(loader *l, qvl__matrix *m, const char *part, bool gate_up, source a, source b, source c) {
+    source ts[3] = {a, b, c};
+    int n = c.rows ? 3 : b.rows ? 2 : 1;
+    qvl__type type = QVL__F32;
+    if (l->rc) return;
+    int outputs = (int)(a.rows + b.rows + c.rows), k = (int)a.cols;
+    if (l->packed) {
+        map_matrix(l, m, gate_up, outputs, k, part);
+        return;
+    }
+    if (common_type(l, ts, n, &type) < 0) return;
+    if ((l->rc = l->d->matrix_new(l->d, m, type, outputs, k, gate_up)) < 0) return;
+    if (!l->force) l->w->type = type;
+    for (int i = 0, first = 0; i < n; first += (int)ts[i].rows, i++) pack(l, m, first, ts[i].t);
+    double error = l->to && l->rc == 0 ? error_of(l, m, ts) : 0;
+    for (int i = 0; l->to && i < n; i++) { /* which has brought pages back */
+        const qvl__map *map = &l->st.maps[ts[i].t->shard];
+        qvl__map_forget(map, (size_t)(ts[i].t->data - map->data), ts[i].t->bytes);
+    }
+    settle(l, m, part, error);
+}
+
 /* Norm weights, biases and the position table stay in float. */
-static float *vector(loader *l, qvl__tensor *t) {
+static float *vector(loader *l, const char *part, source from) {
     qvl__type type;
-    if (!t || l->rc || (l->rc = type_of(t, &type)) < 0) return NULL;
+    char name[96];
+    snprintf(name, sizeof name, "%s%s", l->at, part);
+    if (l->rc) return NULL;
+    qvl__tensor *t = from.t;
+    if (l->packed) check_shape(l, t = qvl__safetensors_find(&l->st, name), name, from.rows, from.cols);
+    if (l->rc || (l->rc = type_of(t, &type)) < 0) return NULL;
     size_t n = t->bytes / qvl__type_size(type);
     float *host = qvl__array(NULL, n, sizeof(float)), *p = host ? l->d->alloc(l->d, n * sizeof(float)) : NULL;
     if (!p) {
@@ -155,33 +261,38 @@ static float *vector(loader *l, qvl__tensor *t) {
         l->rc = QVL_ENOMEM;
         return NULL;
     }
-    for (size_t i = 0; i < n; i++) {
-        uint16_t u;
-        if (type == QVL__F32) memcpy(&host[i], t->data + 4 * i, 4);
-        else {
-            memcpy(&u, t->data + 2 * i, 2);
-            uint32_t wide = (uint32_t)u << 16;
-            if (type == QVL__BF16) memcpy(&host[i], &wide, 4);
-            else host[i] = half_to_float(u);
-        }
-    }
+    widen(host, type, t->data, n);
     l->d->put(l->d, p, host, n * sizeof(float));
+    if (l->to) {
+        uint64_t shape[2] = {(uint64_t)from.rows, (uint64_t)from.cols};
+        l->rc = qvl__packer_add(l->to, name, "F32", from.cols ? 2 : 1, shape, host);
+    }
     qvl__free(host);
     l->w->bytes += n * sizeof(float);
     advance(l, t, t->data, t->bytes);
     return p;
 }
 
+/* Where in the names of packed files the weights to come are. */
+static void go(loader *l, const char *fmt, ...) QVL__PRINTF(2, 3);
+static void go(loader *l, const char *fmt, ...) {
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(l->at, sizeof l->at, fmt, ap);
+    va_end(ap);
+}
+
 static void load_merger(loader *l, qvl__merger *m, const char *name, int norm) {
     const qvl__vision_config *v = &l->c->vision;
     int wide = 4 * v->hidden;
     const char *p = l->vision;
-    m->norm_w = vector(l, need(l, norm, 0, p, "%s.norm.weight", name));
-    m->norm_b = vector(l, need(l, norm, 0, p, "%s.norm.bias", name));
-    matrix(l, &m->fc1, false, need(l, wide, wide, p, "%s.linear_fc1.weight", name), NULL, NULL);
-    m->fc1_b = vector(l, need(l, wide, 0, p, "%s.linear_fc1.bias", name));
-    matrix(l, &m->fc2, false, need(l, v->out_hidden, wide, p, "%s.linear_fc2.weight", name), NULL, NULL);
-    m->fc2_b = vector(l, need(l, v->out_hidden, 0, p, "%s.linear_fc2.bias", name));
+    go(l, "vision.%s.", name);
+    m->norm_w = vector(l, "norm_w", need(l, norm, 0, p, "%s.norm.weight", name));
+    m->norm_b = vector(l, "norm_b", need(l, norm, 0, p, "%s.norm.bias", name));
+    matrix(l, &m->fc1, "fc1", false, need(l, wide, wide, p, "%s.linear_fc1.weight", name), NONE, NONE);
+    m->fc1_b = vector(l, "fc1_b", need(l, wide, 0, p, "%s.linear_fc1.bias", name));
+    matrix(l, &m->fc2, "fc2", false, need(l, v->out_hidden, wide, p, "%s.linear_fc2.weight", name), NONE, NONE);
+    m->fc2_b = vector(l, "fc2_b", need(l, v->out_hidden, 0, p, "%s.linear_fc2.bias", name));
 }
 
 static void load_vision(loader *l) {
@@ -189,23 +300,25 @@ static void load_vision(loader *l) {
     qvl__weights *w = l->w;
     const char *p = l->vision;
     int h = v->hidden;
-    matrix(l, &w->patch, false, need(l, h, v->in_channels * 2 * 16 * 16, p, "patch_embed.proj.weight"), NULL, NULL);
-    w->patch_b = vector(l, need(l, h, 0, p, "patch_embed.proj.bias"));
-    w->pos_embed = vector(l, need(l, v->positions, h, p, "pos_embed.weight"));
+    go(l, "vision.");
+    matrix(l, &w->patch, "patch", false, need(l, h, v->in_channels * 2 * 16 * 16, p, "patch_embed.proj.weight"), NONE, NONE);
+    w->patch_b = vector(l, "patch_b", need(l, h, 0, p, "patch_embed.proj.bias"));
+    w->pos_embed = vector(l, "pos_embed", need(l, v->positions, h, p, "pos_embed.weight"));
     for (int i = 0; i < v->depth && l->rc == 0; i++) {
         qvl__vision_layer *b = &w->vision[i];
-        b->norm1_w = vector(l, need(l, h, 0, p, "blocks.%d.norm1.weight", i));
-        b->norm1_b = vector(l, need(l, h, 0, p, "blocks.%d.norm1.bias", i));
-        b->norm2_w = vector(l, need(l, h, 0, p, "blocks.%d.norm2.weight", i));
-        b->norm2_b = vector(l, need(l, h, 0, p, "blocks.%d.norm2.bias", i));
-        matrix(l, &b->qkv, false, need(l, 3 * h, h, p, "blocks.%d.attn.qkv.weight", i), NULL, NULL);
-        b->qkv_b = vector(l, need(l, 3 * h, 0, p, "blocks.%d.attn.qkv.bias", i));
-        matrix(l, &b->proj, false, need(l, h, h, p, "blocks.%d.attn.proj.weight", i), NULL, NULL);
-        b->proj_b = vector(l, need(l, h, 0, p, "blocks.%d.attn.proj.bias", i));
-        matrix(l, &b->fc1, false, need(l, v->inter, h, p, "blocks.%d.mlp.linear_fc1.weight", i), NULL, NULL);
-        b->fc1_b = vector(l, need(l, v->inter, 0, p, "blocks.%d.mlp.linear_fc1.bias", i));
-        matrix(l, &b->fc2, false, need(l, h, v->inter, p, "blocks.%d.mlp.linear_fc2.weight", i), NULL, NULL);
-        b->fc2_b = vector(l, need(l, h, 0, p, "blocks.%d.mlp.linear_fc2.bias", i));
+        go(l, "vision.%d.", i);
+        b->norm1_w = vector(l, "norm1_w", need(l, h, 0, p, "blocks.%d.norm1.weight", i));
+        b->norm1_b = vector(l, "norm1_b", need(l, h, 0, p, "blocks.%d.norm1.bias", i));
+        b->norm2_w = vector(l, "norm2_w", need(l, h, 0, p, "blocks.%d.norm2.weight", i));
+        b->norm2_b = vector(l, "norm2_b", need(l, h, 0, p, "blocks.%d.norm2.bias", i));
+        matrix(l, &b->qkv, "qkv", false, need(l, 3 * h, h, p, "blocks.%d.attn.qkv.weight", i), NONE, NONE);
+        b->qkv_b = vector(l, "qkv_b", need(l, 3 * h, 0, p, "blocks.%d.attn.qkv.bias", i));
+        matrix(l, &b->proj, "proj", false, need(l, h, h, p, "blocks.%d.attn.proj.weight", i), NONE, NONE);
+        b->proj_b = vector(l, "proj_b", need(l, h, 0, p, "blocks.%d.attn.proj.bias", i));
+        matrix(l, &b->fc1, "fc1", false, need(l, v->inter, h, p, "blocks.%d.mlp.linear_fc1.weight", i), NONE, NONE);
+        b->fc1_b = vector(l, "fc1_b", need(l, v->inter, 0, p, "blocks.%d.mlp.linear_fc1.bias", i));
+        matrix(l, &b->fc2, "fc2", false, need(l, h, v->inter, p, "blocks.%d.mlp.linear_fc2.weight", i), NONE, NONE);
+        b->fc2_b = vector(l, "fc2_b", need(l, h, 0, p, "blocks.%d.mlp.linear_fc2.bias", i));
     }
     load_merger(l, &w->merger, "merger", h);
     for (int i = 0; i < v->n_deepstack; i++) {
@@ -216,14 +329,14 @@ static void load_vision(loader *l) {
 }
 
 /* Tied checkpoints have no lm_head.weight; some tools store the same matrix again, which is fine. */
-static void load_head(loader *l, qvl__tensor *embed) {
+static void load_head(loader *l, const qvl__tensor *embed) {
     qvl__tensor *head = qvl__safetensors_find(&l->st, "lm_head.weight");
     if (!l->c->text.tied) {
-        matrix(l, &l->w->lm_head, false, need(l, l->c->text.vocab, l->c->text.hidden, "", "lm_head.weight"), NULL, NULL);
+        matrix(l, &l->w->lm_head, "lm_head", false, need(l, l->c->text.vocab, l->c->text.hidden, "", "lm_head.weight"), NONE, NONE);
         return;
     }
     l->w->lm_head = l->w->embed;
-    if (!head || l->rc) return;
+    if (!head || l->rc || l->packed) return;
     head->used = true;
     if (head->bytes != embed->bytes || strcmp(head->dtype, embed->dtype) != 0 || memcmp(head->data, embed->data, head->bytes) != 0)
         l->rc = qvl__fail(QVL_EFORMAT, "%s: config.json says tie_word_embeddings, but lm_head.weight differs from %s", l->dir, embed->name);
@@ -233,27 +346,38 @@ static void load_head(loader *l, qvl__tensor *embed) {
 /* Experts are stored input-major, [experts][inputs][outputs]: y = x W. Packing wants one row per output. */
 static void experts(loader *l, qvl__matrix **out, bool gate_up, int inputs, int outputs, const char *name, int layer) {
     int n = l->c->text.experts;
-    qvl__type type = QVL__F32;
-    qvl__tensor *t = need(l, n, (int64_t)inputs * outputs, l->text, "layers.%d.mlp.experts.%s", layer, name);
-    if (!t || common_type(l, &t, 1, &type) < 0) return;
+    char part[48];
+    qvl__type type = QVL__F32, stored;
+    source from = need(l, n, (int64_t)inputs * outputs, l->text, "layers.%d.mlp.experts.%s", layer, name);
+    if (l->rc == 0 && !(*out = qvl__calloc((size_t)n, sizeof **out))) l->rc = QVL_ENOMEM;
+    if (l->packed) {
+        for (int e = 0; e < n && l->rc == 0; e++) {
+            snprintf(part, sizeof part, "experts.%d.%s", e, name);
+            map_matrix(l, &(*out)[e], gate_up, outputs, inputs, part);
+        }
+        return;
+    }
+    if (l->rc || common_type(l, &from, 1, &type) < 0) return;
+    const qvl__tensor *t = from.t;
     if (t->rank != 3 || t->shape[1] != inputs) {
         l->rc = qvl__fail(QVL_EFORMAT, "%s: tensor %s is not [experts][%d inputs][%d outputs]", l->dir, t->name, inputs, outputs);
         return;
     }
-    qvl__type stored;
     type_of(t, &stored);
     size_t size = qvl__type_size(stored), bytes = (size_t)inputs * (size_t)outputs * size;
-    *out = qvl__calloc((size_t)n, sizeof **out);
     uint8_t *turned = qvl__malloc(bytes);
-    if (!*out || !turned) l->rc = QVL_ENOMEM;
+    if (!turned) l->rc = QVL_ENOMEM;
     for (int e = 0; e < n && l->rc == 0; e++) {
         const uint8_t *src = t->data + (size_t)e * bytes;
         for (size_t i = 0; i < (size_t)inputs; i++)
             for (size_t o = 0; o < (size_t)outputs; o++) memcpy(turned + (o * (size_t)inputs + i) * size, src + (i * (size_t)outputs + o) * size, size);
         if ((l->rc = l->d->matrix_new(l->d, &(*out)[e], type, outputs, inputs, gate_up)) < 0) break;
-        l->w->bytes += (*out)[e].bytes;
         l->d->matrix_put(l->d, &(*out)[e], 0, outputs, stored, turned);
         advance(l, t, src, bytes);
+        snprintf(part, sizeof part, "experts.%d.%s", e, name);
+        source turned_rows = {&(qvl__tensor){.data = turned}, outputs, inputs};
+        memcpy(turned_rows.t->dtype, t->dtype, sizeof t->dtype);
+        settle(l, &(*out)[e], part, l->to && l->rc == 0 ? error_of(l, &(*out)[e], &turned_rows) : 0);
     }
     qvl__free(turned);
 }
@@ -264,15 +388,15 @@ static void load_mlp(loader *l, qvl__text_layer *b, int i) {
     if (t->experts && !t->dense_layer[i]) {
         const qvl__type *force = l->force;
         l->force = NULL;
-        matrix(l, &b->router, false, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NULL, NULL);
+        matrix(l, &b->router, "router", false, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NONE, NONE);
         l->force = force;
         experts(l, &b->expert_gate_up, true, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
         experts(l, &b->expert_down, false, t->expert_inter, t->hidden, "down_proj", i);
         return;
     }
-    matrix(l, &b->gate_up, true, need(l, t->inter, t->hidden, p, "layers.%d.mlp.gate_proj.weight", i),
-           need(l, t->inter, t->hidden, p, "layers.%d.mlp.up_proj.weight", i), NULL);
-    matrix(l, &b->down, false, need(l, t->hidden, t->inter, p, "layers.%d.mlp.down_proj.weight", i), NULL, NULL);
+    matrix(l, &b->gate_up, "gate_up", true, need(l, t->inter, t->hidden, p, "layers.%d.mlp.gate_proj.weight", i),
+           need(l, t->inter, t->hidden, p, "layers.%d.mlp.up_proj.weight", i), NONE);
+    matrix(l, &b->down, "down", false, need(l, t->hidden, t->inter, p, "layers.%d.mlp.down_proj.weight", i), NONE, NONE);
 }
 
 static void load_text(loader *l, const qvl__type *layers) {
@@ -280,21 +404,23 @@ static void load_text(loader *l, const qvl__type *layers) {
     qvl__weights *w = l->w;
     const char *p = l->text;
     int h = t->hidden, q = t->heads * t->head_dim, kv = t->kv_heads * t->head_dim;
-    qvl__tensor *embed = need(l, t->vocab, h, p, "embed_tokens.weight");
-    matrix(l, &w->embed, false, embed, NULL, NULL);
-    if (l->rc == 0) load_head(l, embed);
-    w->norm = vector(l, need(l, h, 0, p, "norm.weight"));
+    go(l, "text.");
+    source embed = need(l, t->vocab, h, p, "embed_tokens.weight");
+    matrix(l, &w->embed, "embed", false, embed, NONE, NONE);
+    if (l->rc == 0) load_head(l, embed.t);
+    w->norm = vector(l, "norm", need(l, h, 0, p, "norm.weight"));
     const qvl__type *rest = l->force;
     l->force = layers;
     for (int i = 0; i < t->layers && l->rc == 0; i++) {
         qvl__text_layer *b = &w->text[i];
-        b->input_norm = vector(l, need(l, h, 0, p, "layers.%d.input_layernorm.weight", i));
-        b->post_norm = vector(l, need(l, h, 0, p, "layers.%d.post_attention_layernorm.weight", i));
-        b->q_norm = vector(l, need(l, t->head_dim, 0, p, "layers.%d.self_attn.q_norm.weight", i));
-        b->k_norm = vector(l, need(l, t->head_dim, 0, p, "layers.%d.self_attn.k_norm.weight", i));
-        matrix(l, &b->qkv, false, need(l, q, h, p, "layers.%d.self_attn.q_proj.weight", i),
+        go(l, "text.%d.", i);
+        b->input_norm = vector(l, "input_norm", need(l, h, 0, p, "layers.%d.input_layernorm.weight", i));
+        b->post_norm = vector(l, "post_norm", need(l, h, 0, p, "layers.%d.post_attention_layernorm.weight", i));
+        b->q_norm = vector(l, "q_norm", need(l, t->head_dim, 0, p, "layers.%d.self_attn.q_norm.weight", i));
+        b->k_norm = vector(l, "k_norm", need(l, t->head_dim, 0, p, "layers.%d.self_attn.k_norm.weight", i));
+        matrix(l, &b->qkv, "qkv", false, need(l, q, h, p, "layers.%d.self_attn.q_proj.weight", i),
                need(l, kv, h, p, "layers.%d.self_attn.k_proj.weight", i), need(l, kv, h, p, "layers.%d.self_attn.v_proj.weight", i));
-        matrix(l, &b->o, false, need(l, h, q, p, "layers.%d.self_attn.o_proj.weight", i), NULL, NULL);
+        matrix(l, &b->o, "o", false, need(l, h, q, p, "layers.%d.self_attn.o_proj.weight", i), NONE, NONE);
         load_mlp(l, b, i);
     }
     l->force = rest;
@@ -343,32 +469,73 @@ static void check_leftovers(loader *l) {
             l->rc = qvl__fail(QVL_EUNSUPPORTED, "%s: tensor %.120s is not part of this architecture as config.json describes it", l->dir, l->st.tensors[i].name);
 }
 
-int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
-                      qvl_progress_fn progress, void *ud) {
+/* What a packed directory says of itself: what its weights are called, checked against the option dtype. */
+static void read_packed(loader *l, const char *dtype) {
+    const char *is = l->st.packed;
+    if (strcmp(is, "int4") == 0) l->w->type = QVL__Q4;
+    else if (strcmp(is, "int8") == 0) l->w->type = QVL__Q8;
+    else if (strcmp(is, "bf16") == 0) l->w->type = QVL__BF16;
+    else if (strcmp(is, "f16") == 0) l->w->type = QVL__F16;
+    else if (strcmp(is, "f32") == 0) l->w->type = QVL__F32;
+    else l->rc = qvl__fail(QVL_EFORMAT, "%s: packed weights of an unknown kind: %.20s", l->dir, is);
+    if (l->rc == 0 && strcmp(dtype, "auto") != 0 && strcmp(dtype, "f32") != 0 && strcmp(dtype, is) != 0)
+        l->rc = qvl__fail(QVL_EUNSUPPORTED, "%s is packed as %s: it cannot be loaded as %s; leave dtype at auto, or load the directory it was made from", l->dir, is, dtype);
+    l->packed = true;
+}
+
+/* Loads into w, or with to: through w into a packed file. */
+static int load(loader *l, const char *dtype) {
+    qvl__weights *w = l->w;
+    const qvl__config *c = l->c;
     *w = (qvl__weights){0};
-    loader l = {.d = d, .c = c, .w = w, .dir = dir, .round_bf16 = strcmp(dtype, "bf16") == 0, .progress = progress, .ud = ud};
-    int rc = qvl__safetensors_open(&l.st, dir);
+    int rc = qvl__safetensors_open(&l->st, l->dir);
     if (rc) return rc;
     /* Published files and transformers' save_pretrained of the whole model use "model."; the inner model saved alone
      * leaves it out. */
-    bool outer = qvl__safetensors_find(&l.st, "model.language_model.embed_tokens.weight") || !qvl__safetensors_find(&l.st, "language_model.embed_tokens.weight");
-    l.text = outer ? "model.language_model." : "language_model.";
-    l.vision = outer ? "model.visual." : "visual.";
-    for (size_t i = 0; i < l.st.n; i++) l.total += l.st.tensors[i].bytes;
+    bool outer = qvl__safetensors_find(&l->st, "model.language_model.embed_tokens.weight") || !qvl__safetensors_find(&l->st, "language_model.embed_tokens.weight");
+    l->text = outer ? "model.language_model." : "language_model.";
+    l->vision = outer ? "model.visual." : "visual.";
+    for (size_t i = 0; i < l->st.n; i++) l->total += l->st.tensors[i].bytes;
     w->text = qvl__calloc((size_t)c->text.layers, sizeof *w->text);
     w->vision = qvl__calloc((size_t)c->vision.depth, sizeof *w->vision);
-    if (!w->text || !w->vision) l.rc = QVL_ENOMEM;
+    if (!w->text || !w->vision) l->rc = QVL_ENOMEM;
     static const qvl__type q8 = QVL__Q8, q4 = QVL__Q4;
     const qvl__type *layers = strcmp(dtype, "int4") == 0 ? &q4 : strcmp(dtype, "int8") == 0 ? &q8 : NULL;
-    l.force = layers ? &q8 : NULL;
+    if (l->st.packed) {
+        if (l->to) l->rc = qvl__fail(QVL_EUNSUPPORTED, "%s is packed already (%s); pack the directory it was made from", l->dir, l->st.packed);
+        else if (l->rc == 0) read_packed(l, dtype);
+        layers = NULL;
+    }
+    l->force = layers ? &q8 : NULL;
     if (layers) w->type = *layers;
-    if (l.rc == 0) identify(&l);
-    if (l.rc == 0) load_text(&l, layers);
-    if (l.rc == 0) load_vision(&l);
-    check_leftovers(&l);
-    qvl__safetensors_close(&l.st);
-    if (l.rc) qvl__weights_free(w, c, d);
-    return l.rc;
+    if (l->rc == 0) identify(l);
+    if (l->rc == 0) load_text(l, layers);
+    if (l->rc == 0) load_vision(l);
+    check_leftovers(l);
+    if (l->packed && l->rc == 0) { /* the weights live in the file */
+        w->file = l->st.maps[0];
+        l->st.maps[0] = (qvl__map){0};
+    }
+    qvl__safetensors_close(&l->st);
+    if (l->rc) qvl__weights_free(w, c, l->d);
+    return l->rc;
+}
+
+int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
+                      qvl_progress_fn progress, void *ud) {
+    loader l = {.d = d, .c = c, .w = w, .dir = dir, .round_bf16 = strcmp(dtype, "bf16") == 0, .progress = progress, .ud = ud};
+    return load(&l, dtype);
+}
+
+int qvl__weights_pack(qvl__packer *to, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
+                      qvl_progress_fn progress, void *ud) {
+    qvl__weights w;
+    loader l = {.d = d, .c = c, .w = &w, .dir = dir, .to = to, .round_bf16 = strcmp(dtype, "bf16") == 0, .progress = progress, .ud = ud};
+    int rc = load(&l, dtype);
+    if (rc) return rc;
+    rc = qvl__packer_end(to, qvl__type_name(w.type));
+    qvl__weights_free(&w, c, d);
+    return rc;
 }
 
 static void free_vector(qvl__device *d, float *p, size_t n) { d->free(d, p, n * sizeof(float)); }
@@ -423,5 +590,6 @@ void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d) {
     for (int i = 0; i < v->n_deepstack; i++) free_merger(d, &w->deepstack[i], 4 * v->hidden, 4 * v->hidden, v->out_hidden);
     qvl__free(w->text);
     qvl__free(w->vision);
+    qvl__map_close(&w->file);
     *w = (qvl__weights){0};
 }

@@ -36,6 +36,7 @@ typedef struct {
     qvl__type type;
     int n, k;
     bool gate_up; /* n/2 gate columns and n/2 up columns, interleaved panel by panel so that one pass yields SwiGLU */
+    bool mapped; /* data is part of a file that outlives the matrix */
     size_t bytes;
     void *data;
 } qvl__matrix;
@@ -86,6 +87,8 @@ struct qvl__device {
     int (*matrix_new)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up);
     void (*matrix_put)(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
     void (*matrix_free)(qvl__device *d, qvl__matrix *m);
+    /* A matrix whose packed data lie in memory already, bytes of them; on the CPU they are used where they are. */
+    int (*matrix_map)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up, const void *data, uint64_t bytes);
 
     /* Bytes of one block, all layers, K and V; QVL_EUNSUPPORTED for what kv_new would refuse. */
     int (*kv_block_bytes)(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes);
@@ -94,7 +97,7 @@ struct qvl__device {
     /* Block `to` gets the contents of block `from`, all layers (copy-on-write of a block that two sequences share). */
     void (*kv_copy)(qvl__device *d, qvl__kv *kv, int from, int to);
 
-    /* y[r] = feature row ids[r] of the matrix (an embedding table [vocab][dim]). */
+    /* y[r] = feature row ids[r] of the matrix (an embedding table [vocab][dim]), as floats. */
     void (*embed)(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows);
     /* y[r] = x[idx[r]]. */
     void (*gather_rows)(qvl__device *d, float *y, const float *x, const int32_t *idx, int rows, int dim);

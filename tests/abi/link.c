@@ -27,6 +27,7 @@
     X(int, qvl_model_load, (qvl_model **, const char *, const qvl_options *)) \
     X(void, qvl_model_free, (qvl_model *)) \
     X(int, qvl_model_info, (const qvl_model *, char **)) \
+    X(int, qvl_quantize, (const char *, const char *, const qvl_options *, char **)) \
     X(const qvl_tokenizer *, qvl_model_tokenizer, (const qvl_model *)) \
     X(int, qvl_tokenizer_load, (qvl_tokenizer **, const char *)) \
     X(void, qvl_tokenizer_free, (qvl_tokenizer *)) \

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import HEART, IMAGES, QVL, ROOT, SHAPES, TINY, Terminal, environment, qvl
 
-COMMANDS = ["describe", "chat", "info", "tokenize", "bench"]
+COMMANDS = ["describe", "chat", "info", "tokenize", "quantize", "bench"]
 
 
 # ---- help and exit codes ----
@@ -254,6 +254,22 @@ def test_broken_pipe_ends_it():
     p.stdout.read(10)
     p.stdout.close()
     assert p.wait(timeout=30) == -signal.SIGPIPE
+
+
+# ---- quantize ----
+
+def test_quantize(tmp_path):
+    out = tmp_path / "int4"
+    p = qvl("quantize", str(out))
+    lines = p.stdout.splitlines()
+    assert p.returncode == 0 and p.stderr == "" and lines[0].split() == ["layer", "M", "weights", "MB", "bits", "error"]
+    assert any(line.startswith("text.0 ") for line in lines) and lines[-1].startswith(f"{out}: int4, ")
+    assert qvl("describe", "-m", str(out), SHAPES).stdout == qvl("describe", "--dtype", "int4", SHAPES).stdout
+    again = qvl("quantize", str(out))
+    assert again.returncode == 1 and again.stdout == "" and "exists" in again.stderr
+    report = json.loads(qvl("quantize", "--json", "--dtype", "int8", str(tmp_path / "int8")).stdout)
+    assert report["dtype"] == "int8" and {"name", "weights", "bytes", "error"} == set(report["matrices"][0])
+    assert qvl("quantize").returncode == 2 and qvl("quantize", "a", "b").returncode == 2
 
 
 # ---- info ----

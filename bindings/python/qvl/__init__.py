@@ -13,9 +13,9 @@ everything else on it may be called from any. Objects may be dropped in any orde
 from ._lib import Error, lib as _library, options
 from .engine import Engine, Event, EventError
 from .image import Embedding, Image
-from .model import Completion, Model, Prompt, Stream, TokenLogprob, Tokenizer
+from .model import Completion, Model, Prompt, Stream, TokenLogprob, Tokenizer, quantize
 
 __version__: str = _library.qvl_version().decode()
 
 __all__ = ["Completion", "Embedding", "Engine", "Error", "Event", "EventError", "Image", "Model", "Prompt", "Stream",
-           "TokenLogprob", "Tokenizer", "options"]
+           "TokenLogprob", "Tokenizer", "options", "quantize"]

@@ -207,10 +207,27 @@ def _path(path: Union[str, os.PathLike]) -> bytes:
     return text_bytes(given, "path") if isinstance(given, str) else given
 
 
+def quantize(path: Union[str, os.PathLike], out: Union[str, os.PathLike], dtype: str = "int4", threads: int = 0,
+             progress: Optional[Callable[[int, int], Any]] = None) -> Dict[str, Any]:
+    """Writes the directory out: the model at path with weights of dtype ("int4", "int8", "bf16", "f32" or "auto": as stored),
+    laid out so that Model(out) only maps them. Returns the report: dtype, bytes, and for each of the matrices its name,
+    weights, bytes and relative error. `progress(done, total)` as for Model. Raises Error."""
+    text = C.c_void_p()
+    with Options({"dtype": dtype, "threads": threads}, progress or (lambda done, total: None)) as o:
+        rc = lib.qvl_quantize(_path(path), _path(out), o, C.byref(text))
+        if o.failure is not None:
+            if rc >= 0:
+                take_text(text)
+            raise o.failure
+        check(rc)
+    return json.loads(take_text(text))
+
+
 class Model(Handle):
     """A Qwen3-VL checkpoint, loaded from a Hugging Face directory.
 
-    device: "auto" or "cpu". dtype: "auto" (as stored), "f32" (exact arithmetic on the stored weights) or "bf16".
+    device: "auto" or "cpu". dtype: "auto" (as stored), "f32" (exact arithmetic on the stored weights), "bf16", "int8" or
+    "int4" (rounded while loading; quantize() does that once and for all).
     threads: 0 for one per processor. Other options: chat_template. `progress(done, total)` is called with bytes while the
     weights load; an exception in it stops the load.
     Raises Error: QVL_EIO, QVL_EFORMAT (damaged checkpoint), QVL_EUNSUPPORTED (another architecture or template).

@@ -213,6 +213,7 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     d->get = cpu_get;
     d->matrix_new = qvl__cpu_matrix_new;
     d->matrix_put = qvl__cpu_matrix_put;
+    d->matrix_map = qvl__cpu_matrix_map;
     d->matrix_free = qvl__cpu_matrix_free;
     d->kv_new = qvl__cpu_kv_new;
     d->kv_block_bytes = qvl__cpu_kv_block_bytes;

@@ -28,8 +28,8 @@ size_t qvl__cpu_panel_bytes(qvl__type type, int k) {
     return padded * QVL__PANEL * qvl__type_size(type);
 }
 
-int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up) {
-    (void)d;
+/* A matrix without its data. */
+static int describe(qvl__matrix *m, qvl__type type, int n, int k, bool gate_up) {
     memset(m, 0, sizeof *m);
     if (n <= 0 || k <= 0 || (gate_up && n % 2))
         return qvl__fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
@@ -38,13 +38,32 @@ int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, i
     size_t one = qvl__cpu_panel_bytes(type, k);
     if (panels > SIZE_MAX / one) return qvl__fail(QVL_ENOMEM, "a weight of %d by %d does not fit the address space", n, k);
     *m = (qvl__matrix){.type = type, .n = n, .k = k, .gate_up = gate_up, .bytes = panels * one};
+    return 0;
+}
+
+int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up) {
+    (void)d;
+    int rc = describe(m, type, n, k, gate_up);
+    if (rc) return rc;
     m->data = qvl__pages(m->bytes);
     return m->data ? 0 : QVL_ENOMEM;
 }
 
+int qvl__cpu_matrix_map(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up, const void *data, uint64_t bytes) {
+    (void)d;
+    int rc = describe(m, type, n, k, gate_up);
+    if (rc) return rc;
+    if (bytes != m->bytes)
+        return qvl__fail(QVL_EFORMAT, "%llu bytes stored, %d outputs of %d inputs need %zu", (unsigned long long)bytes, n, k, m->bytes);
+    if ((uintptr_t)data % sizeof(float)) return qvl__fail(QVL_EFORMAT, "does not begin at a whole number of words");
+    m->mapped = true;
+    m->data = (void *)(uintptr_t)data; /* nothing writes to a matrix after matrix_put */
+    return 0;
+}
+
 void qvl__cpu_matrix_free(qvl__device *d, qvl__matrix *m) {
     (void)d;
-    if (m->data) qvl__pages_free(m->data, m->bytes);
+    if (m->data && !m->mapped) qvl__pages_free(m->data, m->bytes);
     memset(m, 0, sizeof *m);
 }
 
@@ -253,8 +272,10 @@ static void embed_task(void *ctx, int task, int worker) {
     const embed_job *e = ctx;
     size_t k = (size_t)e->m->k, bytes = qvl__cpu_panel_bytes(e->m->type, e->m->k);
     for (int r = qvl__cpu_cut(e->rows, task, e->tasks); r < qvl__cpu_cut(e->rows, task + 1, e->tasks); r++) {
-        const char *panel = (const char *)e->m->data + (size_t)(e->ids[r] / QVL__PANEL) * bytes;
-        size_t j = (size_t)(e->ids[r] % QVL__PANEL);
+        int id = e->ids[r], half = e->m->gate_up ? e->m->n / 2 : e->m->n, up = id >= half;
+        id -= up * half;
+        const char *panel = (const char *)e->m->data + (size_t)(id / QVL__PANEL * (e->m->gate_up ? 2 : 1) + up) * bytes;
+        size_t j = (size_t)(id % QVL__PANEL);
         float *y = e->y + (size_t)r * k;
         const float *f = (const float *)(const void *)panel;
         const uint16_t *h = (const uint16_t *)(const void *)panel;
