@@ -77,20 +77,23 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 #pragma GCC unroll 4
             for (int j = 0; j < nv; j++) s[i][j] = int_start(from);
         }
-        for (int step = 0; step < (q8 ? 8 : 4); step++) {
-            vint x[4], lo[4], hi[4];
+        for (int half = 0; half < (q8 ? 2 : 1); half++)
 #pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) {
-                const char *panel = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body;
-                x[j] = vint_load(panel + (size_t)((v0 + j) % VP) * 4 * W + (size_t)step * 4 * PANEL);
-                lo[j] = vint_low(x[j]);
-                hi[j] = vint_high(x[j]);
-            }
+            for (int quarter = 0; quarter < 4; quarter++) {
+                const int step = 4 * half + quarter;
+                vint x[4], lo[4], hi[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < nv; j++) {
+                    const char *panel = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body;
+                    x[j] = vint_load(panel + (size_t)((v0 + j) % VP) * 4 * W + (size_t)step * 4 * PANEL);
+                    lo[j] = vint_low(x[j]);
+                    hi[j] = vint_high(x[j]);
+                }
 #pragma GCC unroll 6
-            for (int i = 0; i < mr; i++)
+                for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
-                for (int j = 0; j < nv; j++) int_step(q8, &s[i][j], x[j], lo[j], hi[j], q + (size_t)i * a->stride, step);
-        }
+                    for (int j = 0; j < nv; j++) int_step(q8, &s[i][j], x[j], lo[j], hi[j], q + (size_t)i * a->stride, step);
+            }
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
             vf scale = vload_bf16((const uint16_t *)(const void *)(b + (size_t)((v0 + j) / VP) * bs) + (size_t)(g0 + g) * PANEL + (v0 + j) % VP * W);
