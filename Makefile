@@ -201,6 +201,7 @@ VENV := build/venv/bin/python
 check-clients: $(B)/qvl-serve ## the server with OpenAI's and LangChain's clients, locust, schemathesis (PyPI packages in build/venv)
 	@tools/test_venv.sh clients
 	$(VENV) -m pytest -q -p no:cacheprovider tests/clients
+
 check-page: $(B)/qvl-serve ## the page in Debian's chromium (Playwright in build/venv); screenshots in build/screenshots
 	@tools/test_venv.sh page
 	$(VENV) -m pytest -q -p no:cacheprovider tests/web
@@ -208,6 +209,11 @@ check-load: $(B)/qvl-serve $(B)/tests/load/bare ## 200 streams for ten minutes, 
 	@tools/test_venv.sh clients
 	$(VENV) tests/load/soak.py
 	$(VENV) tests/load/overhead.py
+
+.PHONY: check-instructions
+check-instructions: $(B)/qvl ## instructions that fixed jobs take, against tests/bench/instructions.json (valgrind)
+	@tools/deps.sh instructions
+	$(PYTHON) tests/bench/instructions.py
 
 .PHONY: tool-test abi lint docs
 tool-test: $(B)/qvl examples ## the command line, terminals included

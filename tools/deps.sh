@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the Debian packages that are missing. Usage: tools/deps.sh build|test|long
+# Installs the Debian packages that are missing. Usage: tools/deps.sh build|test|long|instructions
 # Says what it installs; does nothing when everything is there; on other systems it names what to install.
 set -eu
 build="build-essential pkg-config libjpeg62-turbo-dev libpng-dev libwebp-dev libjansson-dev libpcre2-dev libutf8proc-dev \
@@ -10,7 +10,8 @@ case "${1:-}" in
 build) want=$build ;;
 test) want="$build $test" ;;
 long) want="$build $test libopenblas0-pthread" ;; # numpy's own BLAS is twenty times slower
-*) echo "usage: tools/deps.sh build|test|long" >&2; exit 2 ;;
+instructions) want="$build python3 valgrind" ;;
+*) echo "usage: tools/deps.sh build|test|long|instructions" >&2; exit 2 ;;
 esac
 
 if ! command -v dpkg-query >/dev/null 2>&1; then

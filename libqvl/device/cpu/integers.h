@@ -62,11 +62,18 @@ INLINE vint int_total(const int q8, const isum *s) {
 }
 #endif
 
+#define AHEAD 1024
+
 /* mr rows by nv vectors from vector v0 of the panels on. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
                      size_t bs, int all_groups, int g0, int groups) {
     const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
     for (int g = 0; g < groups; g++) {
+        /* One row: weights stream from memory, and what the hardware fetches ahead ends with the page. */
+        for (int j = 0; mr == 1 && j < nv; j++) {
+            const char *ahead = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * body / VP + AHEAD;
+            for (size_t i = 0; i < body / VP; i += 64) __builtin_prefetch(ahead + i);
+        }
         isum s[6][4];
         const char *q = (const char *)a->q + (size_t)row * a->stride + (size_t)g * QVL__GROUP;
         const int32_t *start = (const int32_t *)(const void *)((const char *)a->start + (size_t)row * a->stride) + g;
