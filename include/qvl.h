@@ -132,7 +132,7 @@ QVL_API void qvl_model_free(qvl_model *m);
 QVL_API int qvl_model_info(const qvl_model *m, char **json);
 /* Writes the directory out (made if missing): the model at path with its weights as option dtype asks (int4, int8, bf16, f32,
  * or auto: as stored), in the layout that they have in memory, and copies of its other files. A weight at a time, so memory
- * stays near the largest one. Options: dtype, threads, progress. *report (may be NULL) is a JSON object: dtype, weights,
+ * stays near the largest one. Options: dtype, threads, progress. *report (may be NULL) is a JSON object: dtype,
  * bytes, matrices [{name, weights, bytes, error}], error being the root of the squared error of a matrix' numbers over that
  * of the numbers; *report with qvl_free. QVL_EINVAL when out has packed weights already. After a failure or a progress
  * callback that stops it there is no packed file. [any thread] */
