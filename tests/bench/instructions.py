@@ -32,7 +32,7 @@ JOBS = {
 
 def count(arguments):
     words = arguments.split()
-    text = (ROOT / "README.md").read_bytes()  # for tokenize
+    text = (ROOT / "LICENSE").read_bytes()  # for tokenize: a file that stays
     threads = [] if words[0] == "tokenize" else ["-t", "1"]
     p = subprocess.run(["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", ROOT / "build/release/qvl", *words, *threads], input=text,
                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "QVL_CPU": "avx2"})
