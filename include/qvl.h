@@ -122,9 +122,9 @@ QVL_API int qvl_option_info(int index, const char **name, const char **type, con
 /* ------------------------------------------------------------------------------------------------------------ model */
 
 /* Loads a Hugging Face directory (config.json, tokenizer.json, *.safetensors ...), or one that qvl_quantize made, whose
- * weights are mapped: that takes no time, and processes share them; its files must stay as they are. Options: device, dtype, threads,
- * chat_template, progress. QVL_EUNSUPPORTED names an unknown architecture, tensor or template; QVL_EFORMAT a missing,
- * extra, misshapen or truncated one. Other files are not needed after it returns. */
+ * weights are mapped: that takes no time, processes share them, and the file must stay as it is while the model lives.
+ * Options: device, dtype, threads, chat_template, progress. QVL_EUNSUPPORTED names an unknown architecture, tensor or
+ * template; QVL_EFORMAT a missing, extra, misshapen or truncated one. Other files are not needed after it returns. */
 QVL_API int qvl_model_load(qvl_model **out, const char *path, const qvl_options *o);
 QVL_API void qvl_model_free(qvl_model *m);
 /* A JSON object: family, template, dtype, device, isa, threads, weight_bytes, parameters, vocab_size, max_context,

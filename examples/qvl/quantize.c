@@ -5,9 +5,7 @@
  * Output:     a table by layer, or the library's report.
  * Invariants: int4 is meant when nothing is said; the directory has packed weights only when all of it was written.
  */
-#include <inttypes.h>
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "tool.h"
@@ -72,7 +70,7 @@ static int run(const tool_args *a) {
 }
 
 static const tool_option options[] = {
-    {"json", 0, NULL, "the report as a JSON object, a line for every matrix"},
+    {"json", 0, NULL, "the report as a JSON object, an entry for every matrix"},
     {0},
 };
 

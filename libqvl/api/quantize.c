@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include "../checkpoint/checkpoint.h"
-#include "../engine/engine.h"
 
 /* All that loading looks at, and what people look for. */
 static const char *const files[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -29,13 +28,7 @@ static int path_in(qvl__buf *b, const char *dir, const char *file) {
 static int write_file(const char *path, const char *data, size_t n) {
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd < 0) return qvl__fail(QVL_EIO, "%s: cannot create: %s", path, strerror(errno));
-    int rc = 0;
-    while (n && rc == 0) {
-        ssize_t w = write(fd, data, n);
-        if (w < 0 && errno == EINTR) continue;
-        if (w <= 0) rc = qvl__fail(QVL_EIO, "%s: cannot write: %s", path, strerror(errno));
-        else data += w, n -= (size_t)w;
-    }
+    int rc = qvl__write_at(fd, path, data, n, 0);
     if (close(fd) != 0 && rc == 0) rc = qvl__fail(QVL_EIO, "%s: cannot write: %s", path, strerror(errno));
     return rc;
 }
@@ -95,6 +88,7 @@ int qvl_quantize(const char *path, const char *out, const qvl_options *o, char *
     for (size_t i = 0; rc == 0 && i < sizeof files / sizeof *files; i++) rc = copy(path, out, files[i]);
     if (rc == 0) rc = qvl__pool_new(&pool, (int)qvl__opt_i64(o, "threads"));
     if (rc == 0) rc = qvl__cpu_open(&d, pool, false);
+    /* Room for more weights than there are: a layer has 8 and a mixture's 7 and its experts, one of vision 12, a merger 6. */
     size_t entries = (size_t)c.text.layers * (12 + 2 * (size_t)c.text.experts) + (size_t)c.vision.depth * 16 + 64;
     if (rc == 0) rc = qvl__packer_begin(&p, out, entries);
     if (rc == 0) rc = qvl__weights_pack(&p, &c, path, d, dtype, progress, ud);

@@ -74,6 +74,8 @@ void qvl__map_close(qvl__map *m);
 void qvl__map_forget(const qvl__map *m, size_t offset, size_t size);
 /* Reads a whole file (at most limit bytes) into memory of qvl__malloc, with a zero after the last byte. */
 int qvl__read_file(const char *path, size_t limit, char **data, size_t *size);
+/* Writes n bytes of data to fd, from byte at of the file on; path is what an error names. */
+int qvl__write_at(int fd, const char *path, const void *data, uint64_t n, uint64_t at);
 bool qvl__file_exists(const char *path);
 
 /* ---- log.c ---- */

@@ -1,9 +1,9 @@
-/* map.c - files: mapped read-only, or read whole.
+/* map.c - files: mapped read-only, read whole, or written.
  *
  * Job:        bytes of a file, with errors that name the path.
  * Input:      a path.
  * Output:     a mapping or a buffer.
- * Invariants: only regular files; sizes come from the open file, not from its name; nothing is written.
+ * Invariants: only regular files are read; sizes come from the open file, not from its name; what was not written whole is an error.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -93,6 +93,17 @@ int qvl__read_file(const char *path, size_t limit, char **data, size_t *size) {
     p[n] = 0;
     *data = p;
     *size = n;
+    return 0;
+}
+
+int qvl__write_at(int fd, const char *path, const void *data, uint64_t n, uint64_t at) {
+    const char *from = data;
+    while (n) {
+        ssize_t w = pwrite(fd, from, n > (1u << 30) ? 1u << 30 : (size_t)n, (off_t)at);
+        if (w < 0 && errno == EINTR) continue;
+        if (w <= 0) return qvl__fail(QVL_EIO, "%s: cannot write: %s", path, strerror(errno));
+        from += w, at += (uint64_t)w, n -= (uint64_t)w;
+    }
     return 0;
 }
 

@@ -20,17 +20,6 @@
 
 static int fail_write(const qvl__packer *p) { return qvl__fail(QVL_EIO, "%s: cannot write: %s", p->temporary, strerror(errno)); }
 
-static int write_at(const qvl__packer *p, const void *data, uint64_t n, uint64_t at) {
-    const char *from = data;
-    while (n) {
-        ssize_t w = pwrite(p->fd, from, n > (1u << 30) ? 1u << 30 : (size_t)n, (off_t)at);
-        if (w < 0 && errno == EINTR) continue;
-        if (w <= 0) return fail_write(p);
-        from += w, at += (uint64_t)w, n -= (uint64_t)w;
-    }
-    return 0;
-}
-
 int qvl__packer_begin(qvl__packer *p, const char *dir, size_t entries) {
     *p = (qvl__packer){.fd = -1};
     qvl__buf path = {0}, temporary = {0};
@@ -55,7 +44,7 @@ int qvl__packer_add(qvl__packer *p, const char *name, const char *dtype, int ran
     }
     qvl__buf_printf(&p->header, "],\"data_offsets\":[%" PRIu64 ",%" PRIu64 "]}", p->written, p->written + bytes);
     if (p->header.failed) return QVL_ENOMEM;
-    int rc = write_at(p, data, bytes, p->reserved + p->written);
+    int rc = qvl__write_at(p->fd, p->temporary, data, bytes, p->reserved + p->written);
     p->written += bytes;
     return rc;
 }
@@ -74,13 +63,11 @@ int qvl__packer_end(qvl__packer *p, const char *kind) {
     qvl__buf_printf(&b, "{\"__metadata__\":{\"format\":\"%s\",\"weights\":\"%s\"}", QVL__PACKED_FORMAT, kind);
     qvl__buf_add(&b, p->header.data, p->header.len);
     qvl__buf_puts(&b, "}");
-    int rc = b.failed ? QVL_ENOMEM : 0;
-    if (rc == 0 && b.len > p->reserved) rc = qvl__fail(QVL_EINTERNAL, "%s: %zu bytes of header, %zu reserved", p->temporary, b.len, p->reserved);
-    while (rc == 0 && b.len < p->reserved) {
-        qvl__buf_puts(&b, " ");
-        if (b.failed) rc = QVL_ENOMEM;
-    }
-    if (rc == 0) rc = write_at(p, b.data, b.len, 0);
+    int rc = 0;
+    if (b.len > p->reserved) rc = qvl__fail(QVL_EINTERNAL, "%s: %zu bytes of header, %zu reserved", p->temporary, b.len, p->reserved);
+    if (rc == 0) qvl__buf_printf(&b, "%*s", (int)(p->reserved - b.len), "");
+    if (b.failed) rc = QVL_ENOMEM;
+    if (rc == 0) rc = qvl__write_at(p->fd, p->temporary, b.data, b.len, 0);
     qvl__buf_free(&b);
     if (rc == 0 && fsync(p->fd) != 0) rc = fail_write(p);
     int fd = p->fd;

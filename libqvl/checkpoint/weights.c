@@ -138,13 +138,16 @@ static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
     }
 }
 
+/* Types of matrices. */
+static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4};
+enum { TYPES = sizeof types / sizeof *types };
+
 /* A matrix of a packed file; its type is the end of its name. */
 static void map_matrix(loader *l, qvl__matrix *m, bool gate_up, int n, int k, const char *part) {
-    static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4};
     char name[96];
     qvl__tensor *t = NULL;
     qvl__type type = QVL__F32;
-    for (size_t i = 0; !t && i < sizeof types / sizeof *types; i++) {
+    for (int i = 0; !t && i < TYPES; i++) {
         type = types[i];
         snprintf(name, sizeof name, "%s%s.%s", l->at, part, qvl__type_name(type));
         t = qvl__safetensors_find(&l->st, name);
@@ -472,11 +475,9 @@ static void check_leftovers(loader *l) {
 /* What a packed directory says of itself: what its weights are called, checked against the option dtype. */
 static void read_packed(loader *l, const char *dtype) {
     const char *is = l->st.packed;
-    if (strcmp(is, "int4") == 0) l->w->type = QVL__Q4;
-    else if (strcmp(is, "int8") == 0) l->w->type = QVL__Q8;
-    else if (strcmp(is, "bf16") == 0) l->w->type = QVL__BF16;
-    else if (strcmp(is, "f16") == 0) l->w->type = QVL__F16;
-    else if (strcmp(is, "f32") == 0) l->w->type = QVL__F32;
+    int i = 0;
+    while (i < TYPES && strcmp(is, qvl__type_name(types[i])) != 0) i++;
+    if (i < TYPES) l->w->type = types[i];
     else l->rc = qvl__fail(QVL_EFORMAT, "%s: packed weights of an unknown kind: %.20s", l->dir, is);
     if (l->rc == 0 && strcmp(dtype, "auto") != 0 && strcmp(dtype, "f32") != 0 && strcmp(dtype, is) != 0)
         l->rc = qvl__fail(QVL_EUNSUPPORTED, "%s is packed as %s: it cannot be loaded as %s; leave dtype at auto, or load the directory it was made from", l->dir, is, dtype);

@@ -97,7 +97,7 @@ struct qvl__device {
     /* Block `to` gets the contents of block `from`, all layers (copy-on-write of a block that two sequences share). */
     void (*kv_copy)(qvl__device *d, qvl__kv *kv, int from, int to);
 
-    /* y[r] = feature row ids[r] of the matrix (an embedding table [vocab][dim]), as floats. */
+    /* y[r] = feature row ids[r] of the matrix (an embedding table [vocab][dim]), as floats; numbered as in matrix_put. */
     void (*embed)(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows);
     /* y[r] = x[idx[r]]. */
     void (*gather_rows)(qvl__device *d, float *y, const float *x, const int32_t *idx, int rows, int dim);

@@ -2,7 +2,8 @@
 
 Every test runs once in llama.cpp and once in qvl, then again, --rounds times; a cell is the median, with the range behind it.
 Half precision is compared with the better of llama.cpp's F16 and BF16, int8 with Q8_0, int4 with the better of Q4_0 and
-Q4_K_M, pictures with the better projector; of files that are not there none is asked. tests/bench/README.md tells how to build llama.cpp and make the files.
+Q4_K_M, pictures with the better projector; of files that are not there none is asked. tests/bench/README.md tells how to
+build llama.cpp and make the files.
 
     python3 tests/bench/anchors.py --llama BUILD/bin --gguf DIR --model CHECKPOINT --packed DIR [--rounds 3] [--only decode,image]
 """
@@ -25,8 +26,8 @@ RIVALS = {"bf16": ["f16", "bf16"], "int8": ["q8_0"], "int4": ["q4_0", "q4_k_m"]}
 UNITS = {"prefill": "tokens/s", "decode": "tokens/s", "depth": "tokens/s", "streams": "tokens/s", "image": "s"}
 
 
-def run(*command, env=None):
-    p = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, **(env or {})})
+def run(*command):
+    p = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if p.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit code {p.returncode}\n{p.stderr[-2000:]}")
     return p.stdout + p.stderr
@@ -45,7 +46,6 @@ def noise(path, width, height):
 
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
                      + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b""))
-    return path
 
 
 class Llama:
@@ -135,13 +135,13 @@ def main():
         for size in a.sizes.split(",") if "image" in tests else ():
             noise(Path(folder) / f"{size}.png", *map(int, size.split("x")))
             rows.append(("image", size))
-        print(f"{platform.processor() or platform.machine()}, {a.threads} threads, {a.rounds} rounds, medians (range)\n\n"
+        print(f"{platform.machine()}, {a.threads} threads, {a.rounds} rounds, medians (range)\n\n"
               "| test | type | qvl | llama.cpp | best of theirs | ratio |\n|---|---|---|---|---|---|", flush=True)
         for test, size in rows:
             extra = (size,) if size else ()
             for kind in types:
                 if size and kind == "int4":
-                    continue  # the vision tower has 8 bits in both
+                    continue  # its vision tower is that of int8
                 mine, theirs = [], {}
                 pattern = "mmproj-{}.gguf" if size else "m-{}.gguf"
                 rivals = [r for r in (["f16", "q8_0"] if size else RIVALS[kind]) if (llama.gguf / pattern.format(r)).exists()]

@@ -14,6 +14,7 @@ from support import CHECKPOINTS, GOLDENS, TINY, golden_prompt, manifest, raw_saf
 from test_moe import checkpoint as moe  # noqa: F401: a fixture
 
 FILE = "qvl.safetensors"
+METADATA = {"format": "qvl-packed-1", "weights": "int4"}
 
 
 def header(path):
@@ -67,7 +68,7 @@ def test_same_file_on_any_number_of_threads(packed, tmp_path):
 def test_file_is_as_documented(packed):
     out, report = packed("qvl-tiny", "int4")
     size, h = header(out / FILE)
-    assert (size + 8) % 4096 == 0 and h["__metadata__"] == {"format": "qvl-packed-1", "weights": "int4"}
+    assert (size + 8) % 4096 == 0 and h["__metadata__"] == METADATA
     kinds = {n.rsplit(".", 1)[1] for n, t in h.items() if n != "__metadata__" and t["dtype"] == "U8"}
     assert kinds == {"int4", "int8"} and h["text.norm"]["dtype"] == "F32"
     assert h["text.0.gate_up.int4"] and h["text.embed.int8"] and h["vision.0.fc1.int8"]
@@ -123,7 +124,7 @@ def test_stopped_or_full_leaves_no_packed_file(tmp_path):
 @pytest.fixture
 def damaged(packed, tmp_path):
     """damaged(edit): loading after edit(tensors) on the form that write_safetensors takes."""
-    def get(edit, metadata={"format": "qvl-packed-1", "weights": "int4"}):  # noqa: B006: not changed
+    def get(edit, **metadata):
         source = packed("qvl-tiny", "int4")[0]
         out = tmp_path / "damaged"
         shutil.copytree(source, out)
@@ -132,7 +133,7 @@ def damaged(packed, tmp_path):
         write_safetensors(out / FILE, t)
         data = (out / FILE).read_bytes()
         size, = struct.unpack("<Q", data[:8])
-        text = json.dumps({"__metadata__": metadata, **json.loads(data[8:8 + size])}).encode()
+        text = json.dumps({"__metadata__": {**METADATA, **metadata}, **json.loads(data[8:8 + size])}).encode()
         text += b" " * (-(len(text) + 8) % 64)
         (out / FILE).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size:])
         return qvl.Model(out)
@@ -168,12 +169,12 @@ def test_damage(damaged, edit, message):
 
 def test_versions(damaged):
     with pytest.raises(qvl.Error, match="qvl-packed-2 is not known"):
-        damaged(lambda t: None, {"format": "qvl-packed-2", "weights": "int4"})
+        damaged(lambda t: None, format="qvl-packed-2")
 
 
 def test_kinds(damaged):
     with pytest.raises(qvl.Error, match="unknown kind: int3"):
-        damaged(lambda t: None, {"format": "qvl-packed-1", "weights": "int3"})
+        damaged(lambda t: None, weights="int3")
 
 
 def test_rewritten_by_others_it_still_loads(damaged):

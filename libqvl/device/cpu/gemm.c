@@ -20,7 +20,7 @@ typedef enum { FLOATS, PAIRS, INTS } form;
 
 typedef struct {
     const struct qvl__kern *k;
-    const qvl__device *d;
+    qvl__device *d;
     float *y;
     const float *x;
     int rows;
@@ -133,7 +133,7 @@ static void plan_packing(job *j) {
 /* At most as many rows as the pack buffer holds. */
 static void matmul_rows(job *j) {
     const struct qvl__kern *k = j->k;
-    qvl__device *d = (qvl__device *)(uintptr_t)j->d;
+    qvl__device *d = j->d;
     int threads = qvl__cpu_threads(d), rows = j->rows;
     j->block_rows = qvl__div_up(rows, qvl__div_up(rows, QVL__GEMM_ROWS)); /* nearly equal, then whole tiles: at most 96 */
     if (rows > QVL__GEMM_ROWS) j->block_rows = qvl__div_up(j->block_rows, k->mr) * k->mr;

@@ -19,7 +19,7 @@
 #define HAVE_INT 1
 #endif
 #if HAVE_INT && !HAVE_VNNI && !defined(QVL__SIMD_EMULATE)
-#define INT_PAIRS 1 /* sums in 16 bits for Q4, products of 16 bits for Q8 */
+#define INT_PAIRS 1 /* sums in halves of lanes */
 #endif
 
 #if HAVE_INT && !defined(QVL__SIMD_EMULATE)
@@ -62,7 +62,7 @@ INLINE vint int_total(const int q8, const isum *s) {
 }
 #endif
 
-#define AHEAD 1024
+#define AHEAD 1024 /* bytes */
 
 /* mr rows by nv vectors from vector v0 of the panels on. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
