@@ -52,24 +52,37 @@ size_t shared_window_bytes();
 void run_kernel(const Kernel &k, dim3 grid, dim3 block, size_t shared_bytes, int device);
 void install_fault_handler();
 
-/* ---- runtime ---- */
+/* ---- devices and memory (emu_memory.cpp) ---- */
+
+struct Allocation {
+    char *start;
+    size_t bytes, room; /* room: with the zone after it, up to the next allocation */
+    int device;
+    bool live;
+};
+const Allocation *find_allocation(const void *p); /* device memory, the zone after it and freed memory included */
+bool in_device_memory(const void *p);             /* somewhere in a device's address range */
+bool is_pinned(const void *p, size_t bytes);
+std::string describe(const void *p);
+/* Stops with a name unless [p, p + bytes) is live memory of the device (-1: of any), or pinned host memory. */
+void need_device_memory(const void *p, size_t bytes, int device, const char *who, const char *what);
+void open_memory(int device); /* lets this process reach the device's memory, and no other device's; -1: all */
+void close_memory();
+void check_zones(int device, const char *who); /* has anything been written after the end of an allocation? */
+size_t shared_limit(const void *function, int device);
+int device_count();
+cudaError_t no_device(); /* cudaSuccess where there is one */
+
+/* ---- streams (emu_rt.cpp) ---- */
 
 struct Api { /* held by every public function: the mutex; closes device memory to the host when the last one leaves */
     Api();
     ~Api();
 };
-
-struct Allocation {
-    char *start;
-    size_t bytes;
-    int device;
-    bool live;
-};
-const Allocation *find_allocation(const void *p); /* device memory, freed memory included; null if none ever was there */
-bool is_pinned(const void *p, size_t bytes);
-/* Stops with a name unless [p, p + bytes) is live memory of the device, or pinned host memory. */
-void need_device_memory(const void *p, size_t bytes, int device, const char *who, const char *what);
-std::string describe(const void *p);
+cudaError_t result(cudaError_t e); /* remembers e for cudaGetLastError */
+#define QVL_EMU_API                                        \
+    Api api_;                                              \
+    if (cudaError_t none_ = no_device()) return result(none_)
 
 struct Stream;
 struct Done { /* the end of one operation */
@@ -81,22 +94,26 @@ struct Done { /* the end of one operation */
 using Mark = std::shared_ptr<Done>;
 struct Work { /* what a stream or a graph node does */
     std::string name;
-    int device = 0;
+    int device = 0; /* whose memory it may reach; -1: all */
     std::function<void()> run;
     std::function<std::function<bool()>(Stream *, Mark)> enter; /* at the launch; yields "may it run?" (collectives) */
     bool host = false;                                          /* runs with device memory closed and the mutex open */
+    bool writes_host = false;
 };
-cudaError_t enqueue(cudaStream_t stream, Work work);
-Stream *stream_of(cudaStream_t stream, int device); /* null: no such stream */
-bool at_head(Stream *s, const Mark &m); /* is m the next operation of s, with everything before it done? */
+cudaError_t enqueue(Stream *s, Work work);
+cudaError_t find_stream(cudaStream_t handle, Stream **out);
+bool at_head(Stream *s, const Mark &m); /* is m the next operation of s, with all that it depends on done? */
 int stream_device(const Stream *s);
+bool is_capturing(const Stream *s);
+bool host_writes_pending();
 int current_device();
-int device_count();
-bool is_capturing(Stream *s);
+cudaError_t wait_for(const Mark &m); /* on the host */
+Mark last_mark(Stream *s);
+void drain(int device); /* runs all that is queued for a device */
+/* For calls that might synchronise: an error, and the end of the capture, while this thread or (global mode) any captures. */
+cudaError_t unsafe_in_capture();
 /* Gives the mutex to other threads until something was enqueued; false after the time in which a deadlock is assumed. */
 bool wait_for_others();
-void others_may_go_on();
-cudaError_t no_device(); /* cudaSuccess where there is one */
 
 /* ---- checker: empty in the fast and asan builds ---- */
 
