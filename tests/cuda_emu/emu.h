@@ -62,6 +62,7 @@ struct Allocation {
 };
 const Allocation *find_allocation(const void *p); /* device memory, the zone after it and freed memory included */
 bool in_device_memory(const void *p);             /* somewhere in a device's address range */
+int address_range(const void *p, char **start, size_t *bytes); /* of the device that p belongs to; its number, -1: none */
 bool is_pinned(const void *p, size_t bytes);
 std::string describe(const void *p);
 /* Stops with a name unless [p, p + bytes) is live memory of the device (-1: of any), or pinned host memory. */
@@ -96,9 +97,10 @@ struct Work { /* what a stream or a graph node does */
     std::string name;
     int device = 0; /* whose memory it may reach; -1: all */
     std::function<void()> run;
-    std::function<std::function<bool()>(Stream *, Mark)> enter; /* at the launch; yields "may it run?" (collectives) */
-    bool host = false;                                          /* runs with device memory closed and the mutex open */
+    bool host = false; /* runs with device memory closed and the mutex open */
     bool writes_host = false;
+    /* A collective: called at each launch, yields what runs and whether it may yet. */
+    std::function<void(Stream *, Mark, std::function<bool()> *may, std::function<void()> *run)> enter;
 };
 cudaError_t enqueue(Stream *s, Work work);
 cudaError_t find_stream(cudaStream_t handle, Stream **out);
@@ -118,30 +120,26 @@ bool wait_for_others();
 /* ---- checker: empty in the fast and asan builds ---- */
 
 #ifdef QVL_EMU_CHECK
-void check_kernel_start();
 void check_block_start();
 void check_block_barrier();
 void check_warp_sync(int warp, unsigned lanes);
 void check_access(const void *p, size_t bytes, bool write, int thread);
 void check_atomic(void *p, size_t bytes);
-void check_fence();
 void check_async_issue(const void *shared, int thread);
 void check_async_land(const void *shared, int thread);
 void check_range(const void *p, size_t bytes, bool write); /* by a copy or a library call */
-void check_operation(const Done *op);                      /* the operation that runs from here on */
-void check_allocated(const Allocation *a);
+void check_operation(const Done *op, const char *name);   /* the operation that runs from here on; null: none */
+void check_allocated(const Allocation *a); /* or freed */
 #else
-inline void check_kernel_start() {}
 inline void check_block_start() {}
 inline void check_block_barrier() {}
 inline void check_warp_sync(int, unsigned) {}
 inline void check_access(const void *, size_t, bool, int) {}
 inline void check_atomic(void *, size_t) {}
-inline void check_fence() {}
 inline void check_async_issue(const void *, int) {}
 inline void check_async_land(const void *, int) {}
 inline void check_range(const void *, size_t, bool) {}
-inline void check_operation(const Done *) {}
+inline void check_operation(const Done *, const char *) {}
 inline void check_allocated(const Allocation *) {}
 #endif
 

@@ -13,7 +13,7 @@ EMU_FOLDER_asan := $(B)/cuda_emu_asan
 EMU_FLAGS := -std=c++17 -O2 -g -fPIC -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer -pthread -Wall -Wextra -DQVL_CUDA_EMU \
 	-isystem $(CUDA_HOME)/include -I$(EMU_DIR)
 EMU_KERNEL_fast :=
-EMU_KERNEL_check := -fsanitize=thread,alignment -fsanitize-undefined-trap-on-error -fno-builtin-memcpy -fno-builtin-memset -fno-builtin-memmove
+EMU_KERNEL_check := -fsanitize=thread,alignment -fsanitize-undefined-trap-on-error
 EMU_KERNEL_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_OWN_fast := -O3 -Wshadow
 EMU_OWN_check := -O3 -Wshadow -DQVL_EMU_CHECK

@@ -220,6 +220,14 @@ const Allocation *find_allocation(const void *p) {
 
 bool in_device_memory(const void *p) { return device_at(p) != nullptr; }
 
+int address_range(const void *p, char **start, size_t *bytes) {
+    const Device *d = device_at(p);
+    if (!d) return -1;
+    *start = d->base;
+    *bytes = d->reserved;
+    return (int)(d - devices.data());
+}
+
 bool is_pinned(const void *p, size_t bytes) {
     char *start;
     size_t size;
@@ -426,6 +434,7 @@ cudaError_t cudaFree(void *p) {
     memset(a->start, 0xff, a->room);
     poison(a->start, a->room);
     a->live = false;
+    check_allocated(a);
     Device &d = device(a->device);
     d.used -= round_up(a->bytes, grain);
     d.freed += a->room;

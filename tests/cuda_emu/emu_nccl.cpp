@@ -167,23 +167,19 @@ ncclResult_t start(Kind kind, const void *send, void *recv, size_t count, ncclDa
     bool sends = kind != Kind::broadcast || r->rank == root;
     if (sends) need_device_memory(send, sent, r->device, kind_names[(int)kind], "the send buffer");
     need_device_memory(recv, got, r->device, kind_names[(int)kind], "the receive buffer");
-    auto meet = std::make_shared<std::shared_ptr<Collective>>();
     Work w;
     w.name = text(p, (size_t)r->rank);
     w.device = -1;
-    w.enter = [=](Stream *stream, Mark mark) -> std::function<bool()> {
-        auto c = *meet = call(r, p, stream, mark);
-        return [c] {
-            return c->computed || (c->complete() && std::all_of(c->parts.begin(), c->parts.end(), [](const Part &q) { return at_head(q.stream, q.mark); }));
-        };
-    };
     size_t me = (size_t)r->rank;
-    w.run = [=] {
-        Collective &c = **meet;
-        if (!c.computed) compute(c);
-        if (sends) check_range(send, sent, false);
-        check_range(recv, got, true);
-        memcpy(recv, c.results[me].data(), got);
+    w.enter = [=](Stream *stream, Mark mark, std::function<bool()> *may, std::function<void()> *run) {
+        auto c = call(r, p, stream, std::move(mark));
+        *may = [c] { return c->computed || (c->complete() && std::all_of(c->parts.begin(), c->parts.end(), [](const Part &q) { return at_head(q.stream, q.mark); })); };
+        *run = [=] {
+            if (!c->computed) compute(*c);
+            if (sends) check_range(send, sent, false);
+            check_range(recv, got, true);
+            memcpy(recv, c->results[me].data(), got);
+        };
     };
     if (group_depth) {
         group.push_back({s, std::move(w)});

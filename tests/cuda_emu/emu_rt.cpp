@@ -166,9 +166,9 @@ void run_head(Stream *s) {
         in_host_function = false;
     } else if (op.work.run) {
         open_memory(op.work.device);
-        check_operation(op.mark.get());
+        check_operation(op.mark.get(), op.work.name.c_str());
         op.work.run();
-        check_operation(nullptr);
+        check_operation(nullptr, "");
     }
     if (op.work.writes_host) host_writes--;
     op.mark->happened = true;
@@ -224,7 +224,7 @@ void push(Stream *s, Work work, std::vector<Mark> after) {
     if (s->last) join(op.mark->before, *s->last);
     for (const Mark &m : op.after)
         if (m) join(op.mark->before, *m);
-    if (work.enter) op.may = work.enter(s, op.mark);
+    if (work.enter) work.enter(s, op.mark, &op.may, &work.run);
     if (work.writes_host) host_writes++;
     op.work = std::move(work);
     s->last = op.mark;
@@ -486,6 +486,11 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) { /* what is queued still run
     if (e != cudaSuccess || s->legacy) return result(cudaErrorInvalidResourceHandle);
     if (s->capture) invalidate(*s->capture);
     stream_handles.erase(s);
+    if (s->queue.empty() && !s->capture) {
+        streams.erase(std::find(streams.begin(), streams.end(), s));
+        free_lanes.push_back(s->lane);
+        delete s;
+    }
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
