@@ -121,6 +121,14 @@ template <class To, class From> To bits(From from) {
 #define QVL_LAUNCH(kernel, grid, block, smem, stream, ...) qvl_emu::launch(#kernel, kernel, grid, block, smem, stream, ##__VA_ARGS__)
 #define QVL_SHARED(type, name) type *name = static_cast<type *>(qvl_emu::shared_memory())
 
+/* The runtime's overloads for kernels, which its header keeps for nvcc. */
+template <class... P> inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attr, int value) {
+    return ::cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), attr, value);
+}
+template <class... P> inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attr, void (*kernel)(P...)) {
+    return ::cudaFuncGetAttributes(attr, reinterpret_cast<const void *>(kernel));
+}
+
 /* ---- barriers and warp collectives ---- */
 
 inline void __syncthreads(QVL_EMU_HERE) { qvl_emu::block_sync(qvl_emu::Vote::any, 0, {file, line}); }

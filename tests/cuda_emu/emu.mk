@@ -23,6 +23,7 @@ EMU_LINK_check := -pthread
 EMU_LINK_asan := -pthread -fsanitize=address,undefined
 
 EMU_PARTS := core memory rt blaslt nccl
+EMU_TEST_PARTS := emu kernels host
 EMU_PARTS_fast := $(EMU_PARTS)
 EMU_PARTS_check := $(EMU_PARTS) check
 EMU_PARTS_asan := $(EMU_PARTS)
@@ -36,15 +37,15 @@ emu-headers:
 		echo "pip download nvidia-cuda-runtime nvidia-cuda-crt nvidia-cublas nvidia-nccl-cu13 and unpack them; then CUDA_HOME=folder."; exit 1; }; done
 
 define emu_kind
-$(EMU_FOLDER_$1)/%.o: $(EMU_DIR)/%.cpp | emu-headers
+$(EMU_FOLDER_$1)/emu_%.o: $(EMU_DIR)/emu_%.cpp | emu-headers
 	@mkdir -p $$(@D)
 	$$(SAY) CXX "$$< ($1)"
 	$$(Q)$$(EMU_CXX) $$(EMU_FLAGS) $$(EMU_OWN_$1) -MMD -MP -c $$< -o $$@
-$(EMU_FOLDER_$1)/test_emu.o: $(EMU_DIR)/test_emu.cpp | emu-headers
+$(EMU_FOLDER_$1)/test_%.o: $(EMU_DIR)/test_%.cpp | emu-headers
 	@mkdir -p $$(@D)
 	$$(SAY) CXX "$$< ($1)"
 	$$(Q)$$(EMU_CXX) $$(EMU_FLAGS) $$(EMU_KERNEL_$1) -DEMU_KIND='"$1"' -MMD -MP -c $$< -o $$@
-$(EMU_FOLDER_$1)/test_emu: $(EMU_FOLDER_$1)/test_emu.o $(EMU_OBJ_$1)
+$(EMU_FOLDER_$1)/test_emu: $(EMU_TEST_PARTS:%=$(EMU_FOLDER_$1)/test_%.o) $(EMU_OBJ_$1)
 	$$(SAY) LD $$@
 	$$(Q)$$(EMU_CXX) -o $$@ $$^ $$(EMU_LINK_$1)
 endef

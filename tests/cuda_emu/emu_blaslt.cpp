@@ -350,9 +350,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t desc, con
         if (!x.used) continue;
         need_device_memory(x.p, x.bytes, device, "cublasLtMatmul", x.name);
         if ((uintptr_t)x.p % 16) return refuse(CUBLAS_STATUS_INVALID_VALUE, "%s at %p is not a multiple of 16", x.name, x.p);
-        bool in_place = x.p == C && C == D && memcmp(&q.c, &q.out, sizeof q.c) == 0;
-        if (x.p != D && !in_place && overlap(x.p, x.bytes, D, extent(q.out))) fail("cublasLtMatmul: D overlaps %s", x.name);
-        if (x.p == D && &x != &all[3] && !in_place) fail("cublasLtMatmul: D is also %s", x.name);
+        bool in_place = &x == &all[2] && C == D && memcmp(&q.c, &q.out, sizeof q.c) == 0;
+        if (&x != &all[3] && !in_place && overlap(x.p, x.bytes, D, extent(q.out))) fail("cublasLtMatmul: D overlaps %s", x.name);
     }
     Work w;
     w.name = "cublasLtMatmul";

@@ -401,12 +401,15 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, const void *function) {
 }
 
 /* From threads and shared memory; registers are unknown here. */
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *function, int threads, size_t shared_bytes) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *function, int threads, size_t shared_bytes, unsigned) {
     QVL_EMU_API;
     if (threads < 1 || threads > max_threads) return result(cudaErrorInvalidValue);
     int warps = (threads + 31) / 32;
     *blocks = shared_bytes > shared_limit(function, current_device()) ? 0 : std::min({32, 64 / warps, (int)((max_shared + 1024) / (shared_bytes + 1024))});
     return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *function, int threads, size_t shared_bytes) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared_bytes, 0);
 }
 
 /* ---- memory ---- */
