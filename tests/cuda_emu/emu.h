@@ -144,8 +144,8 @@ inline void check_allocated(const Allocation *) {}
 #endif
 
 #ifdef __SANITIZE_ADDRESS__
-extern "C" void __asan_poison_memory_region(void const volatile *, size_t);
-extern "C" void __asan_unpoison_memory_region(void const volatile *, size_t);
+extern "C" __attribute__((visibility("default"))) void __asan_poison_memory_region(void const volatile *, size_t);
+extern "C" __attribute__((visibility("default"))) void __asan_unpoison_memory_region(void const volatile *, size_t);
 inline void poison(const void *p, size_t n) { __asan_poison_memory_region(p, n); }
 inline void unpoison(const void *p, size_t n) { __asan_unpoison_memory_region(p, n); }
 #else
