@@ -127,6 +127,8 @@ cuda: ## the CUDA plug-in libqvl-cuda.so (needs the CUDA toolkit 12.8 or newer: 
 	@test -x $(NVCC) || { echo "make cuda: no nvcc at $(NVCC). Install NVIDIA's CUDA toolkit 12.8 or newer (packages cuda-nvcc, cuda-cudart-dev, libcublas-dev) or set CUDA_HOME" >&2; exit 1; }
 	@$(MAKE) --no-print-directory $(B)/libqvl-cuda.so
 
+include tests/cuda_emu/emu.mk
+
 # Unit tests: one cmocka program for each tests/unit/test_*.c and tests/ops/test_*.c, linked with the static library.
 UNIT_SRC := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/engine/test_*.c)
 UNIT_BIN := $(UNIT_SRC:%.c=$(B)/%)

@@ -1,7 +1,7 @@
 /* cuda_ops.c - the op table of the CUDA backend: on a GPU, or on the CPU under the emulator.
  *
  * Job:        the cases of ops_cases.h in the backend's three modes.
- * Input:      the plug-in that libqvl would load (QVL_CUDA_PLUGIN); an argument names one mode: exact, deterministic, fast.
+ * Input:      the plug-in that libqvl would load (QVL_CUDA_PLUGIN); arguments: one mode (exact, deterministic, fast), one test.
  * Output:     cmocka's summary; exit status 77 where there is no GPU.
  * Invariants: exact: bounds of float sums, the same bits for every batch. deterministic: rounding to bf16, the same bits for
  *             every batch. fast: rounding to bf16, different kernels for few and many rows.
@@ -66,6 +66,7 @@ int main(int argc, char **argv) {
     }
     d->close(d);
     qvl__pool_free(pool);
+    if (argc > 2) cmocka_set_test_filter(argv[2]);
     int bad = 0;
     for (int m = 0; m < 3; m++) {
         if (argc > 1 && strcmp(argv[1], modes[m]) != 0) continue;

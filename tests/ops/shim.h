@@ -53,7 +53,10 @@ static int shim_sync(qvl__device *d) { return IN(d)->sync(IN(d)); }
 static uint64_t shim_room(qvl__device *d) { return IN(d)->room(IN(d)); }
 static void *shim_alloc(qvl__device *d, size_t n) { return IN(d)->alloc(IN(d), n); }
 static void shim_free(qvl__device *d, void *p, size_t n) { IN(d)->free(IN(d), p, n); }
-static void shim_put(qvl__device *d, void *to, const void *from, size_t n) { IN(d)->put(IN(d), to, from, n); }
+static void shim_put(qvl__device *d, void *to, const void *from, size_t n) {
+    IN(d)->put(IN(d), to, from, n);
+    IN(d)->sync(IN(d)); /* the cases let two devices share a cache, which have nothing but this to wait for each other */
+}
 static void shim_get(qvl__device *d, void *to, const void *from, size_t n) { IN(d)->get(IN(d), to, from, n); }
 static int shim_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type t, int n, int k, bool g) { return IN(d)->matrix_new(IN(d), m, t, n, k, g); }
 static void shim_matrix_put(qvl__device *d, qvl__matrix *m, int f, int c, qvl__type t, const void *s) { IN(d)->matrix_put(IN(d), m, f, c, t, s); }

@@ -95,7 +95,7 @@ bool cuda_ok(cuda *c, cudaError_t e, const char *what);
 
 /* Allows a kernel more than 48 KiB of shared memory. */
 template <typename K> static void allow_shared(cuda *c, K kernel, size_t bytes) {
-    if (bytes > (48 << 10)) cuda_ok(c, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), "shared memory");
+    if (bytes > (48 << 10)) cuda_ok(c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), "shared memory");
 }
 
 /* Bytes of a matrix's rows, rounded up so that scales behind them begin on 16 bytes. */

@@ -5,7 +5,7 @@
  * Output:     float rows.
  * Invariants: without bf16_math always gemm_exact. With it x is rounded once, to bf16 (f16 where F16 matrices go to cuBLASLt):
  *               up to GEMV_ROWS rows           gemv: reading the weights is the work
- *               BF16, F16, more rows           cuBLASLt, F32 sums
+ *               BF16, F16, more rows           cuBLASLt, F32 sums; without such a product gemm_mma, gemm_exact
  *               Q8, Q4, more rows              gemm_mma
  *               F32                            gemm_exact: who keeps such weights wants them
  *             deterministic: BF16, Q8 and Q4 always take gemm_mma, F16 gemm_exact, so that the number of rows decides nothing.
@@ -115,26 +115,17 @@ static void exact(cuda *c, const finish &f, const float *x, int rows, const rows
 
 /* ---- the op ---- */
 
-/* Rows whose rounded inputs lie at x; sums: room for rows x n floats. */
-static void library(cuda *c, const finish &f, const uint16_t *x, int rows, const rows_of &w, float *sums) {
+/* By cuBLASLt; x: rounded rows; sums: room for rows x n floats. False: it has no such product, nothing was done. */
+static bool library(cuda *c, const finish &f, const uint16_t *x, int rows, const rows_of &w, float *sums) {
     bool direct = f.kind == QVL__EPI_NONE || f.kind == QVL__EPI_ADD || f.kind == QVL__EPI_GELU_TANH;
-    bool aligned = ((uintptr_t)f.y | (uintptr_t)(f.bias ? f.bias : f.y)) % 16 == 0 && w.n % 4 == 0;
+    bool aligned = ((uintptr_t)f.y | (uintptr_t)(f.bias ? f.bias : f.y)) % 16 == 0;
     cublasLtEpilogue_t epilogue = f.kind == QVL__EPI_GELU_TANH ? (f.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU) :
                                   f.bias                       ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    if (direct && aligned && lt_matmul(c, f.y, x, rows, w, f.bias, epilogue, f.kind == QVL__EPI_ADD)) return;
-    if (w.n % 4 == 0 && lt_matmul(c, sums, x, rows, w, NULL, CUBLASLT_EPILOGUE_DEFAULT, false)) {
-        LAUNCH(c, finish_rows, dim3(rows, div_up(w.n, 2 * 256 * 4)), dim3(256), 0, f, (const float *)sums);
-        return;
-    }
-    if (w.type == QVL__BF16) {
-        tensor_cores(c, f, x, rows, w);
-        return;
-    }
-    for (int r = 0; r < rows; r += GEMV_ROWS) { /* F16 without a library product */
-        finish g = f;
-        g.y += (size_t)r * (f.kind == QVL__EPI_SWIGLU ? w.n / 2 : w.n);
-        few_rows(c, g, x + (size_t)r * w.kp, rows - r < GEMV_ROWS ? rows - r : GEMV_ROWS, w);
-    }
+    if (w.n % 4) return false;
+    if (direct && aligned && lt_matmul(c, f.y, x, rows, w, f.bias, epilogue, f.kind == QVL__EPI_ADD)) return true;
+    if (!lt_matmul(c, sums, x, rows, w, NULL, CUBLASLT_EPILOGUE_DEFAULT, false)) return false;
+    LAUNCH(c, finish_rows, dim3(rows, div_up(w.n, 2 * 256 * 4)), dim3(256), 0, f, (const float *)sums);
+    return true;
 }
 
 static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *m, const float *bias, qvl__epilogue e) {
@@ -157,7 +148,9 @@ static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl
         LAUNCH(c, round_rows, dim3(some), dim3(256), 0, own || w.type == QVL__BF16 ? QVL__BF16 : QVL__F16, (void *)to, x + (size_t)r * w.k, w.k, w.kp);
         if (few) few_rows(c, g, to, some, w);
         else if (own) tensor_cores(c, g, to, some, w);
-        else library(c, g, to, some, w, (float *)(c->arena + (size_t)some * rounded));
+        else if (library(c, g, to, some, w, (float *)(c->arena + (size_t)some * rounded))) continue;
+        else if (w.type == QVL__BF16) tensor_cores(c, g, to, some, w);
+        else exact(c, g, x + (size_t)r * w.k, some, w);
     }
 }
 
