@@ -20,7 +20,7 @@ static int plan_context(const qvl_model *m, const qvl_options *o) {
     return (int)(asked ? asked : most < 8192 ? most : 8192);
 }
 
-/* On a device with memory of its own the cache takes what is left there once the workspaces are taken too. */
+/* On a device with memory of its own the bound is what is left there beside the workspaces. */
 static int plan_blocks(const qvl__plan *p, const qvl_model *m, const qvl_options *o) {
     int64_t asked = qvl__opt_i64(o, "kv_blocks");
     if (asked) return (int)asked;
@@ -29,7 +29,7 @@ static int plan_blocks(const qvl__plan *p, const qvl_model *m, const qvl_options
     if (room && bound < one)
         return qvl__fail(QVL_ENOMEM, "the GPU has %" PRId64 " MiB left, %" PRId64 " MiB of them are workspace; one context of %d tokens needs %" PRId64 " MiB of KV cache: lower max_context, "
                          "use kv_dtype int8 or raise gpu_memory_utilization", room >> 20, workspace >> 20, p->max_context, one * (int64_t)p->block_bytes >> 20);
-    int64_t n = room || all >= bound ? bound : all;
+    int64_t n = all < bound ? all : bound;
     if (n < one) n = one;
     return n < INT32_MAX / QVL__KV_BLOCK ? (int)n : INT32_MAX / QVL__KV_BLOCK;
 }

@@ -52,7 +52,7 @@ struct CUgraphExec_st {
 };
 
 struct allocation {
-    size_t size;
+    size_t size, room; /* asked for; there */
     int device;
     bool freed;
 };
@@ -71,6 +71,9 @@ static cudaError_t no_device;
 static int depth; /* of running work */
 
 #define HUGE_PAGE ((size_t)2 << 20)
+/* Addresses of a device: many times its memory, so that these never run out where memory does not. */
+static size_t space() { return device_bytes * 64; }
+
 #define LOCKED std::lock_guard<std::recursive_mutex> hold(lock)
 
 static cudaError_t fail(cudaError_t e) {
@@ -84,10 +87,10 @@ static cudaError_t begin() {
         no_device = !none ? cudaSuccess : strcmp(none, "driver") == 0 ? cudaErrorInsufficientDriver : cudaErrorNoDevice;
         devices = n ? atoi(n) : 1;
         device_bytes = (size_t)(mb ? atoi(mb) : 1024) << 20;
-        void *p = mmap(NULL, device_bytes * (size_t)devices + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *p = mmap(NULL, space() * (size_t)devices + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) fault("no address space for %d devices of %zu MiB", devices, device_bytes >> 20);
         arena = (char *)(((uintptr_t)p + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-        madvise(arena, device_bytes * (size_t)devices, MADV_HUGEPAGE); /* protection changes often, and by the page */
+        madvise(arena, space() * (size_t)devices, MADV_HUGEPAGE); /* protection changes often, and by the page */
     }
     return no_device;
 }
@@ -95,11 +98,11 @@ static cudaError_t begin() {
     LOCKED;                                       \
     if (begin() != cudaSuccess) return fail(no_device)
 
-static bool on_device(const void *p) { return devices > 0 && (const char *)p >= arena && (const char *)p < arena + device_bytes * (size_t)devices; }
+static bool on_device(const void *p) { return devices > 0 && (const char *)p >= arena && (const char *)p < arena + space() * (size_t)devices; }
 
 static void protect(int how) {
     for (int d = 0; d < devices; d++)
-        if (next_at[d]) mprotect(arena + (size_t)d * device_bytes, (next_at[d] + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, how);
+        if (next_at[d]) mprotect(arena + (size_t)d * space(), (next_at[d] + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, how);
 }
 static void open_arena() {
     if (depth++ == 0) protect(PROT_READ | PROT_WRITE);
@@ -290,21 +293,19 @@ cudaError_t cudaMalloc(void **p, size_t n) {
     *p = NULL;
     size_t size = (n + 511) / 256 * 256; /* some bytes behind, so that neighbours do not touch */
     if (n > device_bytes || used[device_now] + size > device_bytes) return fail(cudaErrorMemoryAllocation);
-    char *at = NULL, *base = arena + (size_t)device_now * device_bytes; /* of this device */
-    for (auto &m : memory) /* what was freed is used again when it has the very size */
-        if (m.second.freed && m.second.device == device_now && (m.second.size + 511) / 256 * 256 == size && !random_below(2)) {
+    char *at = NULL;
+    for (auto &m : memory) /* what was freed is used again when it fits well */
+        if (m.second.freed && m.second.device == device_now && m.second.room >= size && m.second.room / 2 <= size) {
             at = m.first;
             break;
         }
-    if (!at && next_at[device_now] + size <= device_bytes) {
-        at = base + next_at[device_now];
-        next_at[device_now] += (size + 4095) / 4096 * 4096;
+    if (!at) {
+        if (next_at[device_now] + size > space()) fault("the address space of a device is used up");
+        at = arena + (size_t)device_now * space() + next_at[device_now];
+        memory[at].room = (size + 4095) / 4096 * 4096;
+        next_at[device_now] += memory[at].room;
     }
-    if (!at)
-        for (auto &m : memory)
-            if (m.second.freed && m.second.device == device_now && (m.second.size + 511) / 256 * 256 == size) at = m.first;
-    if (!at) return fail(cudaErrorMemoryAllocation); /* fragmented */
-    memory[at] = {n, device_now, false};
+    memory[at] = {n, memory[at].room, device_now, false};
     used[device_now] += size;
     open_arena();
     memset(at, 0xff, size);
@@ -322,7 +323,8 @@ cudaError_t cudaFree(void *p) {
     i->second.freed = true;
     used[i->second.device] -= (i->second.size + 511) / 256 * 256;
     open_arena();
-    memset(p, 0xff, i->second.size);
+    if (i->second.room > HUGE_PAGE) madvise(p, i->second.room, MADV_DONTNEED);
+    else memset(p, 0xff, i->second.room);
     close_arena();
     return cudaSuccess;
 }

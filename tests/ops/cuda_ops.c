@@ -52,10 +52,14 @@ static void test_map(void **state) {
     each_level(1, false, map_body);
 }
 
+static void bits(void **state) {
+    if (apart == 0) test_matmul_bits(state); /* fast does not promise them: few and many rows are each held to the reference */
+}
+
 int main(int argc, char **argv) {
     static const char *const modes[] = {"exact", "deterministic", "fast"};
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_map),          cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed),      cmocka_unit_test(test_matmul),
-                                       cmocka_unit_test(test_matmul_bits),  cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
+                                       cmocka_unit_test(bits),              cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
                                        cmocka_unit_test(test_moe_route),    cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_vision),
                                        cmocka_unit_test(test_refusals)};
     qvl__pool *pool;
@@ -71,7 +75,7 @@ int main(int argc, char **argv) {
     for (int m = 0; m < 3; m++) {
         if (argc > 1 && strcmp(argv[1], modes[m]) != 0) continue;
         options = (qvl__device_options){.bf16_math = m > 0, .deterministic = m == 1, .gpus = 1, .memory = 0.9};
-        apart = m == 2 ? 0.03 : 0;
+        apart = m == 2 ? 0.01 : 0; /* attention: probabilities of decoded rows are not rounded to bf16, and values are in -1 .. 1 */
         bad += cmocka_run_group_tests_name(modes[m], tests, NULL, NULL);
     }
     return bad != 0;

@@ -3,7 +3,7 @@
  * Job:        y = epilogue(x W^T + bias).
  * Input:      float rows, a matrix.
  * Output:     float rows.
- * Invariants: without bf16_math always gemm_exact. With it x is rounded once, to bf16 (f16 where F16 matrices go to cuBLASLt):
+ * Invariants: without bf16_math always gemm_exact. With it x is rounded once, to bf16 (F16 matrices: to f16):
  *               up to GEMV_ROWS rows           gemv: reading the weights is the work
  *               BF16, F16, more rows           cuBLASLt, F32 sums; without such a product gemm_mma, gemm_exact
  *               Q8, Q4, more rows              gemm_mma
@@ -145,7 +145,7 @@ static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl
         uint16_t *to = (uint16_t *)c->arena;
         finish g = f;
         g.y += (size_t)r * (e == QVL__EPI_SWIGLU ? w.n / 2 : w.n);
-        LAUNCH(c, round_rows, dim3(some), dim3(256), 0, own || w.type == QVL__BF16 ? QVL__BF16 : QVL__F16, (void *)to, x + (size_t)r * w.k, w.k, w.kp);
+        LAUNCH(c, round_rows, dim3(some), dim3(256), 0, w.type == QVL__F16 ? QVL__F16 : QVL__BF16, (void *)to, x + (size_t)r * w.k, w.k, w.kp);
         if (few) few_rows(c, g, to, some, w);
         else if (own) tensor_cores(c, g, to, some, w);
         else if (library(c, g, to, some, w, (float *)(c->arena + (size_t)some * rounded))) continue;

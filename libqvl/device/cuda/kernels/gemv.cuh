@@ -1,7 +1,7 @@
 /* gemv.cuh - products for a few rows, where reading the weights is all the work (decode).
  *
  * Job:        y = epilogue(x W^T + bias) for up to 8 rows.
- * Input:      x rounded to bf16, [rows][kp]; a matrix of any type but F32.
+ * Input:      x rounded to bf16 (F16 matrices: f16), [rows][kp]; a matrix of any type but F32.
  * Output:     float rows.
  * Invariants: a warp has two matrix rows and walks k once for all rows of x; each sum is added in an order that does not
  *             depend on their number. Integer weights are multiplied as integers times x and scaled once for each group.
@@ -20,14 +20,20 @@ template <int TYPE> struct lane_of {
     static const int count = TYPE == QVL__Q8 ? 16 : TYPE == QVL__Q4 ? 32 : 8;
 };
 
+/* Numbers of 16 bits that share a register: f16 with F16 matrices, else bf16. */
+template <int TYPE> __device__ __forceinline__ float low_half(uint32_t pair) {
+    return TYPE == QVL__F16 ? __half2float(__ushort_as_half((unsigned short)(pair & 0xffff))) : low_bf16(pair);
+}
+template <int TYPE> __device__ __forceinline__ float high_half(uint32_t pair) {
+    return TYPE == QVL__F16 ? __half2float(__ushort_as_half((unsigned short)(pair >> 16))) : high_bf16(pair);
+}
+
 /* The `count` weights at 16 bytes p as floats. */
 template <int TYPE> __device__ __forceinline__ void unpack_lane(float *to, uint4 p) {
     uint32_t u[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        if (TYPE == QVL__BF16) to[2 * i] = low_bf16(u[i]), to[2 * i + 1] = high_bf16(u[i]);
-        if (TYPE == QVL__F16)
-            to[2 * i] = __half2float(__ushort_as_half((unsigned short)(u[i] & 0xffff))), to[2 * i + 1] = __half2float(__ushort_as_half((unsigned short)(u[i] >> 16)));
+        if (TYPE == QVL__BF16 || TYPE == QVL__F16) to[2 * i] = low_half<TYPE>(u[i]), to[2 * i + 1] = high_half<TYPE>(u[i]);
         if (TYPE == QVL__Q8)
             for (int b = 0; b < 4; b++) to[4 * i + b] = (float)(int8_t)(u[i] >> 8 * b);
         if (TYPE == QVL__Q4)
@@ -62,7 +68,7 @@ template <int TYPE, int ROWS> static __global__ void __launch_bounds__(GEMV_WARP
 #pragma unroll
             for (int i = 0; i < count; i += 4) {
                 uint2 p = *(const uint2 *)(xr + i);
-                float xs[4] = {low_bf16(p.x), high_bf16(p.x), low_bf16(p.y), high_bf16(p.y)};
+                float xs[4] = {low_half<TYPE>(p.x), high_half<TYPE>(p.x), low_half<TYPE>(p.y), high_half<TYPE>(p.y)};
 #pragma unroll
                 for (int e = 0; e < 4; e++) sum[0] = fmaf(xs[e], v[0][i + e], sum[0]), sum[1] = fmaf(xs[e], v[1][i + e], sum[1]);
             }
