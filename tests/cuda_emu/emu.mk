@@ -17,6 +17,16 @@ $(EMU_SO): $(EMU_OBJ)
 	$(Q)$(EMU_CXX) -shared $(EMU_SAN) -Wl,--no-undefined -pthread -o $@ $^
 
 $(B)/tests/ops/cuda_ops: tests/ops/shim.h
-.PHONY: check-emu
-check-emu: all $(EMU_SO) $(B)/tests/ops/cuda_ops ## the CUDA backend under emulation: ops, goldens (needs the CUDA toolkit's headers)
-	QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO) $(B)/tests/ops/cuda_ops
+# Everything that shows the backend right without a GPU. The three modes of the op tests run side by side.
+EMU_ENV = QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO)
+.PHONY: check-emu check-emu-ops check-emu-faults check-emu-goldens check-cuda-static
+check-emu: check-emu-faults check-emu-ops check-emu-goldens ## the CUDA backend on the CPU: planted faults, ops, goldens (needs the CUDA toolkit's headers)
+check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops
+	$(PYTHON) tests/cuda_emu/mutants.py $(B) $(EMU_CXX) $(EMU_FLAGS) -w
+check-emu-ops: $(EMU_SO) $(B)/tests/ops/cuda_ops
+	@printf '%s\n' exact deterministic fast | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(B)/emu/{}.log 2>&1; rc=$$?; cat $(B)/emu/{}.log; exit $$rc'
+check-emu-goldens: all $(EMU_SO)
+	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py
+	$(EMU_ENV) QVL_EMU_ASYNC=lazy QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_device.py
+check-cuda-static: cuda ## registers, stack and instructions of the compiled CUDA kernels against tests/cuda/budgets.json
+	/usr/bin/python3 tests/cuda/static.py --table $(CUDA_OBJ)
