@@ -228,7 +228,7 @@ INLINE float quantize_sum(int8_t *dst, const float *src, int n, int32_t *total) 
     for (int i = whole; i < n; i++) tail[i - whole] = src[i];
     for (int i = 0; i < n; i += W) {
         vf x = vload(i < whole ? src + i : tail);
-        top = vmax(vmax(x, vsub(vzero(), x)), top);
+        top = vmax(vabs(x), top);
         zero = vfma(x, vzero(), zero);
     }
     float max = vmax_lanes(top);
@@ -298,7 +298,7 @@ INLINE vf vgelu_tanh(vf x) {
  * polynomial over z = 0..10 (relative error 7e-9), and past 10 the exponential is 0. The tail of negative x keeps its
  * relative accuracy (about 1e-6 at x = -5, where the rounding of z^2 weighs most). */
 INLINE vf vgelu_erf(vf x) {
-    vf z = vmul(vmax(x, vsub(vzero(), x)), vset(0.70710678f));
+    vf z = vmul(vabs(x), vset(0.70710678f));
     vf t = vdiv(vset(1.0f), vfma(z, vset(0.35f), vset(1.0f)));
     vf p = vset(3.840129066e-2f);
     p = vfma(p, t, vset(-1.589296495e-1f));
@@ -472,6 +472,79 @@ static void axpy(float *y, const float *x, float a, int n) {
     for (; i < n; i++) y[i] += a * x[i];
 }
 
+/* ---- the yardstick of roofline.c ---- */
+
+/* CHAINS chains hide an instruction's latency, and 16 registers hold them. */
+#define CHAINS 12
+#if defined(QVL__ISA_generic) || defined(QVL__SIMD_EMULATE)
+#define HOLD(x) (void)(x)
+#else
+#define HOLD(x) KEEP(x)
+#endif
+
+static uint64_t peak_float(int rounds) {
+    vf s[CHAINS], x = vset(0.5f), y = vset(0.25f);
+    for (int j = 0; j < CHAINS; j++) s[j] = vset((float)j);
+    for (int i = 0; i < rounds; i++) {
+        HOLD(y);
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) s[j] = vfma(s[j], x, y);
+    }
+    volatile float sink = 0;
+    for (int j = 0; j < CHAINS; j++) sink += vsum(s[j]);
+    return CHAINS * W * 2;
+}
+
+#if HAVE_DOT
+static uint64_t peak_dot(int rounds) {
+    vf s[CHAINS];
+    vu y = vload_pairs((const uint16_t[2 * W]){0x3c00});
+    for (int j = 0; j < CHAINS; j++) s[j] = vset((float)j);
+    for (int i = 0; i < rounds; i++) {
+        HOLD(y);
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) s[j] = vdot_pairs(s[j], 0x3c003c00, y);
+    }
+    volatile float sink = 0;
+    for (int j = 0; j < CHAINS; j++) sink += vsum(s[j]);
+    return CHAINS * W * 4;
+}
+#endif
+
+#if HAVE_INT && !defined(QVL__SIMD_EMULATE)
+/* What int_step does for each load of activations. */
+static uint64_t peak_int(const bool q8, int rounds) {
+    vint s[CHAINS], x = vint_set(0x01020304), y = vint_set(0x04030201);
+    for (int j = 0; j < CHAINS; j++) s[j] = vint_set(j);
+    for (int i = 0; i < rounds; i++) {
+        HOLD(y);
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) {
+#if INT_PAIRS
+            s[j] = vint_add16(s[j], vint_maddubs(x, y));
+            HOLD(y);
+#else
+            s[j] = vint_dot(s[j], x, y);
+#endif
+        }
+    }
+    volatile float sink = 0;
+    for (int j = 0; j < CHAINS; j++) sink += vsum(vint_float(s[j]));
+    return CHAINS * W * 8 / (INT_PAIRS && q8 ? 2 : 1); /* Q8's two halves of bytes apart */
+}
+#endif
+
+static uint64_t peak(qvl__type type, int rounds) {
+#if HAVE_DOT
+    if (type == QVL__BF16) return peak_dot(rounds);
+#endif
+#if HAVE_INT && !defined(QVL__SIMD_EMULATE)
+    if (qvl__type_quantised(type)) return peak_int(type == QVL__Q8, rounds);
+#endif
+    (void)type;
+    return peak_float(rounds);
+}
+
 int ISA_INIT(struct qvl__kern *k) {
     *k = (struct qvl__kern){
         .isa = ISA_NAME,
@@ -497,6 +570,7 @@ int ISA_INIT(struct qvl__kern *k) {
         .rope = rope,
         .add = add,
         .axpy = axpy,
+        .peak = peak,
     };
     return 0;
 }
