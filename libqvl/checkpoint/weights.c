@@ -482,6 +482,7 @@ static void read_packed(loader *l, const char *dtype) {
     if (l->rc == 0 && strcmp(dtype, "auto") != 0 && strcmp(dtype, "f32") != 0 && strcmp(dtype, is) != 0)
         l->rc = qvl__fail(QVL_EUNSUPPORTED, "%s is packed as %s: it cannot be loaded as %s; leave dtype at auto, or load the directory it was made from", l->dir, is, dtype);
     l->packed = true;
+    qvl__map_huge(&l->st.maps[0]); /* the weights are streamed for as long as the model lives */
 }
 
 /* Loads into w, or with to: through w into a packed file. */
