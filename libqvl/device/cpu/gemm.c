@@ -140,7 +140,7 @@ static void matmul_rows(job *j) {
     j->row_blocks = qvl__div_up(rows, j->block_rows);
 
     /* Panels of a task: as many as the accumulators allow, few enough that every thread gets several tasks, and a
-     * multiple of 8 (the widest tile) where the matrix is large. */
+     * multiple of 8 (two tiles of the widest) where the matrix is large. */
     int most = QVL__GEMM_ACC_FLOATS / QVL__PANEL / j->block_rows;
     int64_t tasks = (int64_t)threads * 4;
     int64_t want = ((int64_t)j->panels * j->row_blocks + tasks - 1) / tasks;

@@ -246,14 +246,14 @@ INLINE vf int_inverse(vf scale) { return vif_lt(vzero(), vabs(scale), vdiv(vset(
 
 /* sum(x q) / sum(q q), rounded to bf16, into *scale; returns the squared error that it leaves, less the sum of squares of x.
  * The products with x are added up by k % 8, then in pairs; those of integers are exact in any order. */
-INLINE vf int_try(const float (*x)[W], vf inverse, vf lo, vf hi, vf *scale) {
+INLINE vf int_try(const bool clamp, const float (*x)[W], vf inverse, vf lo, vf hi, vf *scale) {
     vf a[8], qq[2] = {vzero(), vzero()};
 #pragma GCC unroll 8
     for (int l = 0; l < 8; l++) a[l] = vzero();
     for (int k = 0; k < QVL__GROUP; k += 8)
 #pragma GCC unroll 8
         for (int l = 0; l < 8; l++) {
-            vf v = vload(x[k + l]), q = int_round(v, inverse, lo, hi);
+            vf v = vload(x[k + l]), q = clamp ? int_round(v, inverse, lo, hi) : vround(vmul(v, inverse));
             a[l] = vadd(a[l], vmul(v, q));
             qq[l % 2] = vfma(q, q, qq[l % 2]);
         }
@@ -289,7 +289,10 @@ INLINE void quantize_columns(const int q8, uint8_t *out, uint16_t *scales, const
     vf lo = vset(q8 ? -127 : -8), hi = vset(q8 ? 127 : 7), best = vzero(), scale = vzero();
     for (int c = 0; c < (q8 ? 3 : 24); c++) {
         float steps = q8 ? 127.0f - 0.5f * (float)c : (c & 1 ? 1.0f : -1.0f) * (8.75f - 0.25f * (float)(c / 2));
-        vf s, error = int_try(x, int_inverse(vdiv(top, vset(steps))), lo, hi, &s);
+        /* Up to 7.25 steps (Q8: always) no number leaves the range; then the other sign gives the same error, and came first. */
+        bool inside = q8 || fabsf(steps) <= 7.25f;
+        if (!q8 && inside && c & 1) continue;
+        vf inverse = int_inverse(vdiv(top, vset(steps))), s, error = inside ? int_try(false, x, inverse, lo, hi, &s) : int_try(true, x, inverse, lo, hi, &s);
         scale = vif_lt(error, best, s, scale);
         best = vif_lt(error, best, error, best);
     }

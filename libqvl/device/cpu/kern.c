@@ -21,7 +21,7 @@ typedef void tile_fn(float *c, size_t ldc, const float *a, size_t lda, const cha
 /* mr rows by np panels; all three of type, mr, np are constants after inlining, so acc lives in registers. */
 INLINE void tile(const int type, const int mr, const int np, float *c, size_t ldc, const float *a, size_t lda, const char *b,
                  size_t bs, int k, bool resume) {
-    vf acc[6][8 * VP];
+    vf acc[6][4 * VP];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -29,13 +29,13 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
 
     if (type == QVL__BF16) {
         for (int p = 0; p + 1 < k; p += 2) {
-            vu w[8 * VP];
+            vu w[4 * VP];
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++)
                 w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)(j / VP) * bs) + (size_t)p * PANEL + j % VP * 2 * W);
 #pragma GCC unroll 2
             for (int odd = 0; odd < 2; odd++) {
-                vf x[8 * VP];
+                vf x[4 * VP];
 #pragma GCC unroll 8
                 for (int j = 0; j < np * VP; j++) x[j] = odd ? vpair_odd(w[j]) : vpair_even(w[j]);
 #pragma GCC unroll 8
@@ -57,7 +57,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
         }
     } else {
         for (int p = 0; p < k; p++) {
-            vf x[8 * VP];
+            vf x[4 * VP];
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++) {
                 const char *q = b + (size_t)(j / VP) * bs;
@@ -88,7 +88,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
 #define TILES(M, N) TILE(F32, M, N) TILE(BF16, M, N) TILE(F16, M, N) TILE(I8, M, N)
 /* The widths a row count comes in: its own and the halves of it, for the panels that are left over. */
 #if W == 16
-#define WIDTHS1(X) X(1, 8) X(1, 4) X(1, 2) X(1, 1)
+#define WIDTHS1(X) X(1, 4) X(1, 2) X(1, 1)
 #define WIDTHS2(X, M) X(M, 4) X(M, 2) X(M, 1)
 #define WIDTHS4(X, M) X(M, 4) X(M, 2) X(M, 1)
 #elif W == 8
@@ -112,7 +112,7 @@ ALL_WIDTHS(TILES)
     [QVL__BF16][M][N] = tile_BF16_##M##_##N, \
     [QVL__F16][M][N] = tile_F16_##M##_##N,   \
     [QVL__I8][M][N] = tile_I8_##M##_##N,
-static tile_fn *const tiles[4][MR + 1][9] = {ALL_WIDTHS(ENTRY)};
+static tile_fn *const tiles[4][MR + 1][5] = {ALL_WIDTHS(ENTRY)};
 
 static int widest(int mr) { return mr == 1 ? NP1 : mr <= 3 ? NP2 : NP4; }
 
@@ -141,13 +141,13 @@ static void gemm(qvl__type type, float *c, size_t ldc, const float *a, size_t ld
 #if HAVE_DOT
 INLINE void dot_tile(const int mr, const int np, float *c, size_t ldc, const uint32_t *a, size_t lda, const char *b, size_t bs,
                      int pairs, bool resume) {
-    vf acc[6][8];
+    vf acc[6][4];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) acc[i][j] = resume ? vload(c + (size_t)i * ldc + j * W) : vzero();
     for (int p = 0; p < pairs; p++) {
-        vu w[8];
+        vu w[4];
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)j * bs) + (size_t)p * 2 * PANEL);
 #pragma GCC unroll 8
@@ -169,7 +169,7 @@ typedef void dot_fn(float *c, size_t ldc, const uint32_t *a, size_t lda, const c
     }
 ALL_WIDTHS(DOT)
 #define DOT_ENTRY(M, N) [M][N] = dot_##M##_##N,
-static dot_fn *const dots[MR + 1][9] = {ALL_WIDTHS(DOT_ENTRY)};
+static dot_fn *const dots[MR + 1][5] = {ALL_WIDTHS(DOT_ENTRY)};
 
 static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume) {

@@ -48,7 +48,8 @@
 
 /* The matrix tile is mr rows by np panels, all accumulators in registers: at most MR rows. NP1 panels for one row, NP2
  * for two or three and NP4 for more (for MR = 3: NP2 for two, NP4 for three) keep at least 8 chains of additions going,
- * which is what hides the latency of an FMA. */
+ * which is what hides the latency of an FMA; one row with 512 bits waits for memory, and takes 4 panels, because more
+ * streams of weights than that get into each other's way. */
 
 #if defined(QVL__ISA_avx2)
 /* ---- AVX2 + FMA + F16C ---- */
@@ -132,7 +133,7 @@ INLINE vf vload_bf16(const uint16_t *p) {
 #define W 16
 #define MR 6
 #define WIDEN_FIRST 1
-#define NP1 8
+#define NP1 4
 #define NP2 4
 #define NP4 4
 #define INT_MR (HAVE_VNNI ? 6 : 4) /* sums of 8-bit weights take two registers each without VNNI */
@@ -219,7 +220,7 @@ INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
 #define W 16
 #define MR 6
 #define WIDEN_FIRST 1
-#define NP1 8
+#define NP1 4
 #define NP2 4
 #define NP4 4
 #define INT_MR (HAVE_VNNI ? 6 : 4) /* sums of 8-bit weights take two registers each without VNNI */
