@@ -169,5 +169,7 @@ int qvl__device_open(qvl__device **out, qvl__pool *pool, const char *name, const
  * is the best that cpuid, the operating system and the environment variable QVL_CPU (generic, avx2, avx512,
  * avx512-vnni, avx512-bf16) allow. */
 int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math);
+/* Times the kernels of an open CPU against the machine's limits; the JSON object of qvl_bench_kernels, appended to json. */
+int qvl__cpu_bench(qvl__device *d, qvl__buf *json, qvl_progress_fn progress, void *ud);
 
 #endif

@@ -334,50 +334,8 @@ static void test_matmul_ends(void **state) {
     each_level(2, false, matmul_ends_body);
 }
 
-/* Scales by search: closer than the largest number's, on numbers as weights have them. */
-static void quantise_body(qvl__device *d) {
-    const struct qvl__kern *kern = qvl__cpu_kern(d);
-    double searched[2] = {0, 0}, plain[2] = {0, 0};
-    for (int group = 0; group < 2000; group++) {
-        float x[QVL__GROUP], top = 0;
-        for (int i = 0; i < QVL__GROUP; i++) {
-            x[i] = 0;
-            for (int j = 0; j < 6; j++) x[i] += random_float() * 0.02f; /* nearly normal */
-            top = fabsf(x[i]) > fabsf(top) ? x[i] : top;
-        }
-        for (int q8 = 0; q8 < 2; q8++) {
-            uint8_t q[QVL__GROUP];
-            uint32_t u = (uint32_t)kern->quantize_weights(q8 ? QVL__Q8 : QVL__Q4, q, x) << 16;
-            float s, p = q8 ? fabsf(top) / 127 : top / -8, zero = q8 ? 128 : 8;
-            memcpy(&s, &u, 4);
-            for (int i = 0; i < QVL__GROUP; i++) {
-                assert_in_range(q[i], q8 ? 1 : 0, q8 ? 255 : 15);
-                double e = (double)x[i] - (double)s * (q[i] - zero), n = rint(x[i] / p);
-                if (!q8 && n > 7) n = 7;
-                searched[q8] += e * e;
-                plain[q8] += ((double)x[i] - n * p) * ((double)x[i] - n * p);
-            }
-        }
-    }
-    if (searched[0] > 0.9 * plain[0]) fail_msg("4 bits: squared error %g, %g without a search", searched[0], plain[0]);
-    if (searched[1] > 1.02 * plain[1]) fail_msg("8 bits: squared error %g, %g with a float scale", searched[1], plain[1]);
-    static const float odd[][2] = {{0, 0}, {1e-42f, 0}, {3e38f, -3e38f}, {1, 1}, {-1, 0}, {1e-30f, -1e-30f}};
-    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++)
-        for (int q8 = 0; q8 < 2; q8++) {
-            float x[QVL__GROUP], s;
-            uint8_t q[QVL__GROUP];
-            for (int j = 0; j < QVL__GROUP; j++) x[j] = odd[i][j % 2];
-            uint32_t u = (uint32_t)kern->quantize_weights(q8 ? QVL__Q8 : QVL__Q4, q, x) << 16;
-            memcpy(&s, &u, 4);
-            for (int j = 0; j < QVL__GROUP; j++)
-                check_near("a group", q8 ? "8 bits" : "4 bits", (double)s * (q[j] - (q8 ? 128 : 8)), x[j], (q8 ? 0.005 : 0.07) * fabs(x[j]) + 1e-38);
-        }
-}
 
-static void test_quantise(void **state) {
-    (void)state;
-    each_level(1, false, quantise_body);
-}
+#include "weights_cases.h"
 
 static void run_matmul(qvl__device *d, float *y, const float *y0, const float *x, int rows, const qvl__matrix *m,
     const float *bias, qvl__epilogue e, int step) {
