@@ -18,7 +18,7 @@ $(EMU_SO): $(EMU_OBJ)
 
 $(B)/tests/ops/cuda_ops: tests/ops/shim.h
 # Everything that shows the backend right without a GPU. The three modes of the op tests run side by side.
-EMU_ENV = QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO)
+EMU_ENV = QVL_EMU_MEMORY=4096 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO)
 .PHONY: check-emu check-emu-ops check-emu-faults check-emu-goldens check-cuda-static
 check-emu: check-emu-faults check-emu-ops check-emu-goldens ## the CUDA backend on the CPU: planted faults, ops, goldens (needs the CUDA toolkit's headers)
 check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops

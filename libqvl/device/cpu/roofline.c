@@ -165,7 +165,7 @@ static int paged(bench *b, qvl__type type) {
     for (int i = 0; i < DEPTH / QVL__KV_BLOCK; i++) table[i] = (i * 29 + 7) % (DEPTH / QVL__KV_BLOCK);
     for (int many = 0; many < 2 && rc == 0; many++) {
         int rows = many ? ROWS : 1;
-        j.ragged = (qvl__ragged){rows, seq, pos + ROWS - rows, table, DEPTH / QVL__KV_BLOCK};
+        j.ragged = (qvl__ragged){.rows = rows, .seq = seq, .pos = pos + ROWS - rows, .table = table, .stride = DEPTH / QVL__KV_BLOCK};
         double keys = rows * (DEPTH - (rows - 1) / 2.0), bytes = (double)j.kv.block_bytes * j.kv.blocks / LAYERS + 2.0 * rows * HEADS * DIM * sizeof(float);
         rc = report(b, "attention_paged", qvl__type_name(type), rows, best_of(run_paged, &j), bytes, 4.0 * keys * HEADS * DIM, QVL__F32);
     }
