@@ -122,7 +122,9 @@ $(B)/libqvl-cuda.so: $(CUDA_OBJ)
 	$(SAY) LD $@
 	$(Q)$(NVCC) -shared -o $@ $^ -lcublasLt -Xlinker --exclude-libs,ALL -Xlinker --no-undefined
 
-.PHONY: cuda
+.PHONY: cuda check-gpu
+check-gpu: all cuda $(B)/tests/ops/cuda_ops ## everything about the CUDA backend that needs a GPU, with a report to send (MODEL=DIR: time that checkpoint)
+	PYTHON="$(PYTHON)" MODEL="$(MODEL)" tests/cuda/check_gpu.sh $(B)
 cuda: ## the CUDA plug-in libqvl-cuda.so (needs the CUDA toolkit 12.8 or newer: CUDA_HOME=/usr/local/cuda)
 	@test -x $(NVCC) || { echo "make cuda: no nvcc at $(NVCC). Install NVIDIA's CUDA toolkit 12.8 or newer (packages cuda-nvcc, cuda-cudart-dev, libcublas-dev) or set CUDA_HOME" >&2; exit 1; }
 	@$(MAKE) --no-print-directory $(B)/libqvl-cuda.so

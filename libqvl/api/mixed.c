@@ -258,6 +258,7 @@ int qvl__mixed_choose(qvl__mix *plan, const char *path, const qvl_options *o) {
     void *ud;
     qvl__opt_progress(o, &progress, &ud);
     rc = qvl_options_set_i64(stored, "threads", qvl__opt_i64(o, "threads"));
+    if (rc == 0) rc = qvl_options_set(stored, "device", "cpu"); /* the tap reads inputs where they lie */
     if (rc == 0) rc = qvl_options_set(stored, "chat_template", qvl__opt_str(o, "chat_template"));
     if (rc == 0) rc = qvl_options_set_progress(stored, progress, ud);
     if (rc == 0) rc = qvl_model_load(&m, path, stored);

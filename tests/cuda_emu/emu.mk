@@ -1,6 +1,7 @@
 # The CUDA backend on the CPU: the sources of libqvl/device/cuda, unchanged, over the emulator of this folder.
+# -mfma: fmaf would be a library call otherwise, and the kernels call little else.
 EMU_CXX ?= g++
-EMU_FLAGS = -std=c++17 -O2 -g -fPIC -fvisibility=hidden -ffp-contract=off -pthread -DQVL_CUDA_EMU -isystem $(CUDA_HOME)/include -Itests/cuda_emu -Wall -Wextra \
+EMU_FLAGS = -std=c++17 -O3 -mavx2 -mfma -g -fPIC -fvisibility=hidden -ffp-contract=off -pthread -DQVL_CUDA_EMU -isystem $(CUDA_HOME)/include -Itests/cuda_emu -Wall -Wextra \
 	-Wno-unknown-pragmas -Wno-missing-field-initializers $(EMU_SAN)
 EMU_SO := $(B)/emu/libqvl-cuda.so
 EMU_OBJ := $(patsubst %,$(B)/emu/%.o,$(wildcard tests/cuda_emu/*.cpp) $(CUDA_SRC))
