@@ -9,6 +9,7 @@ Usage: mutants.py BUILD_DIRECTORY CXX FLAGS...
 """
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,17 @@ MUTANTS = [
 ]
 
 
+def reached(path):
+    """A source and every file of the backend that it includes, over any number of steps."""
+    found, todo = set(), [path]
+    while todo:
+        at = todo.pop()
+        if at not in found and at.exists():
+            found.add(at)
+            todo += [at.parent / name if (at.parent / name).exists() else SRC / name for name in re.findall(r'#include "(?:\.\./)?([\w./]+)"', at.read_text())]
+    return found
+
+
 def main():
     build, cxx, flags = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3:]
     objects = [str(o) for o in sorted((build / "emu").rglob("*.o")) if o.parent.name != "mutant"]
@@ -56,10 +68,8 @@ def main():
         path.write_text(text.replace(line, becomes))
         mine = []
         for unit in sorted(SRC.glob("*.cu")):
-            header = file.endswith(".cuh") and (file == "port.cuh" or pathlib.Path(file).name in "".join(
-                p.read_text() for p in [unit, *SRC.glob("kernels/*.cuh")] if p == unit or f"kernels/{p.name}" in unit.read_text() or p.name in unit.read_text()))
             o = build / "mutant" / f"{unit.name}.o"
-            if unit.name == file or header:
+            if SRC / file in reached(unit):
                 subprocess.run([cxx, "-x", "c++", *flags, "-O1", "-c", str(copy / "device" / "cuda" / unit.name), "-o", str(o)], check=True)
                 mine.append(str(o))
             else:
