@@ -36,10 +36,20 @@ void *cuda_alloc(qvl__device *d, size_t size) {
     return NULL;
 }
 
+static void forget(cuda *c, graph *g) {
+    if (g->exec) {
+        cuda_ok(c, cudaStreamSynchronize(c->stream), "waiting for the GPU"); /* it may still be running */
+        cudaGraphExecDestroy(g->exec);
+    }
+    *g = graph{};
+}
+
 void cuda_free(qvl__device *d, void *p, size_t size) {
     (void)size;
     entered c(d);
-    if (p) cuda_ok(c, cudaFree(p), "cudaFree");
+    if (!p) return;
+    for (graph &g : c->graphs) forget(c, &g); /* one of them may use it, and the next buffer may lie at the same address */
+    cuda_ok(c, cudaFree(p), "cudaFree");
 }
 
 /* Room in the staging memory for up to `want` bytes; says how many there are. Waits until earlier copies from there are done. */
@@ -92,30 +102,35 @@ static uint64_t room(qvl__device *d) {
 
 /* ---- recorded steps ---- */
 
+/* A step is recorded when it comes for the second time: by then all its kernels are loaded, which could not be done while
+ * recording, and a step that comes once costs nothing. */
 static bool replay(qvl__device *d, const uint64_t key[4]) {
     cuda *c = of(d);
     c->lock->lock(); /* held until recorded: no other thread's work may get into the graph */
     cudaSetDevice(c->gpu);
     c->recording = -1;
-    int oldest = 0;
-    for (int i = 0; i < GRAPHS; i++) {
-        graph *g = &c->graphs[i];
-        if (g->exec && memcmp(g->key, key, sizeof g->key) == 0) {
-            g->used = ++c->clock;
-            cuda_ok(c, cudaGraphLaunch(g->exec, c->stream), "a recorded step");
-            c->lock->unlock();
-            return true;
+    graph *g = &c->graphs[0];
+    for (graph &i : c->graphs) {
+        if (i.used && memcmp(i.key, key, sizeof i.key) == 0) {
+            g = &i;
+            break;
         }
-        if (g->used < c->graphs[oldest].used) oldest = i;
+        if (i.used < g->used) g = &i;
     }
-    graph *g = &c->graphs[oldest];
-    if (g->exec) {
-        cuda_ok(c, cudaStreamSynchronize(c->stream), "waiting for the GPU"); /* it may still be running */
-        cudaGraphExecDestroy(g->exec);
+    bool known = g->used && memcmp(g->key, key, sizeof g->key) == 0;
+    if (known && g->exec) {
+        g->used = ++c->clock;
+        cuda_ok(c, cudaGraphLaunch(g->exec, c->stream), "a recorded step");
+        c->lock->unlock();
+        return true;
     }
-    *g = graph{};
-    memcpy(g->key, key, sizeof g->key);
-    if (cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording a step")) c->recording = oldest;
+    if (known) {
+        if (cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording a step")) c->recording = (int)(g - c->graphs);
+    } else {
+        forget(c, g);
+        memcpy(g->key, key, sizeof g->key);
+    }
+    g->used = ++c->clock;
     return false;
 }
 
@@ -125,7 +140,6 @@ static void recorded(qvl__device *d) {
         graph *g = &c->graphs[c->recording];
         cudaGraph_t made = NULL;
         if (cuda_ok(c, cudaStreamEndCapture(c->stream, &made), "recording a step") && cuda_ok(c, cudaGraphInstantiate(&g->exec, made, 0), "recording a step")) {
-            g->used = ++c->clock;
             cuda_ok(c, cudaGraphLaunch(g->exec, c->stream), "a recorded step");
         }
         if (made) cudaGraphDestroy(made);
@@ -141,8 +155,7 @@ static void close_device(qvl__device *d) {
     if (!c) return;
     cudaSetDevice(c->gpu);
     if (c->stream) cudaStreamSynchronize(c->stream);
-    for (graph &g : c->graphs)
-        if (g.exec) cudaGraphExecDestroy(g.exec);
+    for (graph &g : c->graphs) forget(c, &g);
     for (filling &f : c->fill)
         if (f.data) c->cpu->matrix_free(c->cpu, &f.host);
     if (c->lt) cublasLtDestroy(c->lt);
