@@ -26,8 +26,10 @@ check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops
 	$(PYTHON) tests/cuda_emu/mutants.py $(B) $(EMU_CXX) $(EMU_FLAGS) -w
 check-emu-ops: $(EMU_SO) $(B)/tests/ops/cuda_ops
 	@printf '%s\n' exact deterministic fast | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(B)/emu/{}.log 2>&1; rc=$$?; cat $(B)/emu/{}.log; exit $$rc'
+# EMU_GOLDENS chooses some of them ("-k ..."): all take half an hour.
+EMU_GOLDENS ?=
 check-emu-goldens: all $(EMU_SO)
-	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py
+	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py tests/python/test_moe.py $(EMU_GOLDENS)
 	$(EMU_ENV) QVL_EMU_ASYNC=lazy QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_device.py
 check-cuda-static: cuda ## registers, stack and instructions of the compiled CUDA kernels against tests/cuda/budgets.json
 	/usr/bin/python3 tests/cuda/static.py --table $(CUDA_OBJ)

@@ -2,7 +2,6 @@
 
 The tests use the checkout's binding and library (build/release, or QVL_LIBRARY), Python 3.9 or newer, numpy and pytest.
 """
-import os
 import pathlib
 import sys
 
@@ -16,17 +15,13 @@ import qvl  # noqa: E402
 import support  # noqa: E402
 
 
-# QVL_TEST_DEVICE=cuda runs the same tests on a GPU, or under emulation (make check-emu, make check-gpu).
-DEVICE = {"device": os.environ["QVL_TEST_DEVICE"]} if "QVL_TEST_DEVICE" in os.environ else {}
-
-
 @pytest.fixture(scope="session")
 def load():
     """load(name, **options): a model of support.CHECKPOINTS, loaded once a session for each set of options."""
     models = {}
 
     def get(name, **options):
-        options = {**DEVICE, **options}
+        options = {**support.DEVICE, **options}
         key = (name, tuple(sorted(options.items())))
         if key not in models:
             models[key] = qvl.Model(support.CHECKPOINTS[name], **options)
