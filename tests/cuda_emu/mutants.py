@@ -50,7 +50,7 @@ def reached(path):
 
 def main():
     build, cxx, flags = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3:]
-    objects = [str(o) for o in sorted((build / "emu").rglob("*.o")) if o.parent.name != "mutant"]
+    objects = [str(o) for o in sorted((build / "emu").rglob("*.o"))]
     bad = 0
     print("| planted fault | where | caught by | how |\n|---|---|---|---|")
     for fault, file, line, becomes, test in MUTANTS:
@@ -83,7 +83,7 @@ def main():
             if "Running 1 test(s)" not in out.stdout:
                 sys.exit(f"{test}: ran no test\n{out.stdout}")
             if out.returncode not in (0, 77):
-                named = [x for x in out.stdout.splitlines() if x.startswith("cuda_emu: ")]
+                named = [x for x in out.stdout.splitlines() if x.startswith("qvl-emu: ")]
                 how = "named by the emulator" if named else "wrong numbers"
                 how += f", order {seed}"
                 break
