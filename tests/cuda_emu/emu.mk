@@ -29,12 +29,14 @@ EMU_ENV = QVL_EMU_MEMORY=4294967296 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO)
 check-emu: check-emu-faults check-emu-ops check-emu-goldens ## the CUDA backend on the CPU: planted faults, ops, goldens (needs the CUDA toolkit's headers)
 check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops
 	$(PYTHON) tests/cuda_emu/mutants.py $(B) $(EMU_CXX) $(EMU_FLAGS) -w
+EMU_MODES ?= exact deterministic fast
 check-emu-ops: $(EMU_SO) $(B)/tests/ops/cuda_ops
-	@printf '%s\n' exact deterministic fast | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(B)/emu/{}.log 2>&1; rc=$$?; cat $(B)/emu/{}.log; exit $$rc'
-# EMU_GOLDENS chooses some of them ("-k ..."): all take half an hour.
+	@printf '%s\n' $(EMU_MODES) | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(B)/emu/{}.log 2>&1; rc=$$?; cat $(B)/emu/{}.log; exit $$rc'
+# EMU_GOLDENS and EMU_DEVICE choose some of them ("-k ..."): all take half an hour.
 EMU_GOLDENS ?=
+EMU_DEVICE ?=
 check-emu-goldens: all $(EMU_SO)
 	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py tests/python/test_moe.py $(EMU_GOLDENS)
-	$(EMU_ENV) QVL_EMU_ASYNC=lazy QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_device.py
+	$(EMU_ENV) QVL_EMU_ASYNC=lazy QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_device.py $(EMU_DEVICE)
 check-cuda-static: cuda ## registers, stack and instructions of the compiled CUDA kernels against tests/cuda/budgets.json
 	/usr/bin/python3 tests/cuda/static.py --table $(CUDA_OBJ)
