@@ -105,6 +105,32 @@ $(B)/examples/%: examples/%.c include/qvl.h $(LIB_A)
 .PHONY: examples
 examples: $(EXAMPLE_BIN) ## caption, chat and batch: small programs over qvl.h
 
+# The CUDA plug-in. Nothing else needs the toolkit: libqvl finds libqvl-cuda.so when it opens a GPU. SASS for the GPUs
+# that are in use, PTX of the last for those to come. --fmad=false: fused multiply-adds are written where they are meant.
+CUDA_HOME ?= /usr/local/cuda
+NVCC ?= $(CUDA_HOME)/bin/nvcc
+CUDA_ARCHS ?= 80 86 89 90 100 120
+CUDA_SRC := $(wildcard libqvl/device/cuda/*.cu)
+CUDA_OBJ := $(CUDA_SRC:%.cu=$(B)/%.o)
+NVCC_FLAGS = -std=c++17 -O3 --fmad=false -lineinfo --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-missing-field-initializers --Werror all-warnings \
+	$(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
+$(CUDA_OBJ): $(B)/%.o: %.cu
+	@mkdir -p $(@D)
+	$(SAY) NVCC $<
+	$(Q)$(NVCC) $(NVCC_FLAGS) -MD -MF $(@:.o=.d) -c $< -o $@
+$(B)/libqvl-cuda.so: $(CUDA_OBJ)
+	$(SAY) LD $@
+	$(Q)$(NVCC) -shared -o $@ $^ -lcublasLt -Xlinker --exclude-libs,ALL -Xlinker --no-undefined
+
+.PHONY: cuda check-gpu
+check-gpu: all cuda $(B)/tests/ops/cuda_ops ## everything about the CUDA backend that needs a GPU, with a report to send (MODEL=DIR: time that checkpoint)
+	PYTHON="$(PYTHON)" MODEL="$(MODEL)" tests/cuda/check_gpu.sh $(B)
+cuda: ## the CUDA plug-in libqvl-cuda.so (needs the CUDA toolkit 12.8 or newer: CUDA_HOME=/usr/local/cuda)
+	@test -x $(NVCC) || { echo "make cuda: no nvcc at $(NVCC). Install NVIDIA's CUDA toolkit 12.8 or newer (packages cuda-nvcc, cuda-cudart-dev, libcublas-dev) or set CUDA_HOME" >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(B)/libqvl-cuda.so
+
+include tests/cuda_emu/emu.mk
+
 # Unit tests: one cmocka program for each tests/unit/test_*.c and tests/ops/test_*.c, linked with the static library.
 UNIT_SRC := $(wildcard tests/unit/test_*.c tests/ops/test_*.c tests/engine/test_*.c)
 UNIT_BIN := $(UNIT_SRC:%.c=$(B)/%)

@@ -114,7 +114,7 @@ typedef int (*qvl_progress_fn)(void *ud, uint64_t done, uint64_t total);
 QVL_API int qvl_options_set_progress(qvl_options *o, qvl_progress_fn fn, void *ud);
 
 /* Describes option number index (from 0): name; type "bool", "int", "float", "string" or "json"; scope "model",
- * "image", "prompt", "engine" or "request"; range ("0..2", "a|b|c" or ""); default; one line of help. All static; any
+ * "quantize", "image", "prompt", "engine" or "request"; range ("0..2", "a|b|c" or ""); default; one line of help. All static; any
  * pointer may be NULL. Returns 0, or QVL_EINVAL past the last one. [any thread] */
 QVL_API int qvl_option_info(int index, const char **name, const char **type, const char **scope, const char **range,
                             const char **dflt, const char **help);
@@ -132,11 +132,18 @@ QVL_API void qvl_model_free(qvl_model *m);
 QVL_API int qvl_model_info(const qvl_model *m, char **json);
 /* Writes the directory out (made if missing): the model at path with its weights as option dtype asks (int4, int8, bf16, f32,
  * or auto: as stored), in the layout that they have in memory, and copies of its other files. A weight at a time, so memory
- * stays near the largest one. Options: dtype, threads, progress. *report (may be NULL) is a JSON object: dtype,
- * bytes, matrices [{name, weights, bytes, error}], error being the root of the squared error of a matrix' numbers over that
- * of the numbers; *report with qvl_free. QVL_EINVAL when out has packed weights already. After a failure or a progress
+ * stays near the largest one. With option bits instead of dtype each matrix gets a type of its own, by what its rounding costs
+ * the model on conversations (option calibration), for which the model is loaded as stored. Options: dtype, bits, calibration,
+ * chat_template (for the conversations), threads, progress. *report (may be NULL) is a JSON object: dtype (what most weights are),
+ * bytes, bits (mean of a weight), matrices [{name, weights, bytes, error}], error being the root of the squared error of a matrix'
+ * numbers over that of the numbers; *report with qvl_free. QVL_EINVAL when out has packed weights already. After a failure or a progress
  * callback that stops it there is no packed file. [any thread] */
 QVL_API int qvl_quantize(const char *path, const char *out, const qvl_options *o, char **report);
+/* Times the kernels of the CPU one by one, without a model: about ten seconds and a gigabyte. Options: dtype (f32: no bf16
+ * products), threads, progress. *json is an object: device, isa, threads, limits {read_gb_s, f32_gop_s, bf16_gop_s, int8_gop_s,
+ * int4_gop_s}, measured in the same run on all threads, and kernels [{kernel, type, rows, ms, gb_s, gop_s, bound, percent}]:
+ * percent of the limit, which is memory or arithmetic (bound), whichever needs longer. *json with qvl_free. [any thread] */
+QVL_API int qvl_bench_kernels(const qvl_options *o, char **json);
 /* The model's tokenizer; borrowed, lives as long as the model. [any thread] */
 QVL_API const qvl_tokenizer *qvl_model_tokenizer(const qvl_model *m);
 

@@ -249,6 +249,13 @@ inline std::string quantize(const std::string &path, const std::string &out, con
     return detail::take_string(json);
 }
 
+// The CPU's kernels against the machine's limits, a JSON object.
+inline std::string bench_kernels(const options *o = nullptr) {
+    char *json = nullptr;
+    check(qvl_bench_kernels(detail::raw(o), &json));
+    return detail::take_string(json);
+}
+
 class model : public detail::handle<qvl_model> {
 public:
     explicit model(const std::string &path, const options *o = nullptr) { load(path, detail::raw(o)); }

@@ -323,6 +323,7 @@ static int parse(bench *b) {
 }
 
 static int run(const tool_args *a) {
+    if (tool_get(a, "kernels")) return bench_kernels(a);
     bench b = {.args = a, .random = {0x9E3779B97F4A7C15ULL, 0}};
     int code = parse(&b);
     if (code) return code;
@@ -350,6 +351,7 @@ static const tool_option options[] = {
     {"streams", 0, "N", "prefill and decode of N requests at once, tokens of all together; default 1"},
     {"image", 0, "WxH", "milliseconds to encode a picture of that size, resizing included"},
     {"load", 0, NULL, "milliseconds to load the model, its files being in the page cache"},
+    {"kernels", 0, NULL, "no model: every kernel alone, in per cent of what memory or arithmetic allow"},
     {"repeat", 0, "N", "counted runs of each test, after one that is not; default 5"},
     {"json", 0, NULL, "a JSON list with every run's value"},
     {0},
@@ -357,7 +359,8 @@ static const tool_option options[] = {
 
 const tool_command tool_bench = {
     .name = "bench",
-    .synopsis = "[-m MODEL] [--prefill N] [--decode N] [--depth N] [--streams N] [--image WxH] [--load] [--repeat N] [--json]",
+    .synopsis = "[-m MODEL] [--prefill N] [--decode N] [--depth N] [--streams N] [--image WxH] [--load] [--repeat N] [--json]\n"
+                "       qvl bench --kernels [--dtype T] [--threads N] [--json]",
     .summary = "how fast this machine runs a model",
     .details = "Without a test: --load --image 448x448 --prefill 512 --decode 64. The engine is made as large as the tests need.\n"
                "qvl bench --serve [OPTION]... is another mode, many users at once: qvl bench --serve --help.",

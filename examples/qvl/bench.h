@@ -1,4 +1,4 @@
-/* bench.h - what the two modes of qvl bench share.
+/* bench.h - what the modes of qvl bench share.
  * Job: random prompts, and what every entry of the results says of model and machine.
  * Input: the tool's arguments and an open model. Output: token ids, JSON entries, a line on stdout.
  * Invariants: the same seed draws the same tokens on every machine. */
@@ -18,5 +18,7 @@ int bench_tokens(const qvl_model *m, bench_random *r, int32_t *ids, long n);
 int bench_describe(const tool_args *a, const qvl_model *m, json_t *about, uint32_t *vocab);
 /* Appends the entry with peak memory. */
 int bench_memory(const tool_args *a, const json_t *about, json_t *results);
+/* kernels.c: qvl bench --kernels */
+int bench_kernels(const tool_args *a);
 
 #endif

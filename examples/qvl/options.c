@@ -233,7 +233,7 @@ static void help_own(FILE *f, const tool_option *o) {
 
 static const struct {
     const char *scope, *title;
-} groups[] = {{"model", "Model"}, {"image", "Reading pictures"}, {"prompt", "Prompt"}, {"engine", "Engine"}, {"request", "Answer"}};
+} groups[] = {{"model", "Model"}, {"quantize", "Packing"}, {"image", "Reading pictures"}, {"prompt", "Prompt"}, {"engine", "Engine"}, {"request", "Answer"}};
 enum { N_GROUPS = sizeof groups / sizeof *groups };
 
 static void help_library(FILE *f, const library_option *o, bool short_threads) {

@@ -44,7 +44,8 @@ static void print_table(const json_t *report, const char *out, double seconds) {
     }
     if (now.weights > 0) print_layer(&now);
     if (all.weights > 0) print_layer(&all);
-    printf("\n%s: %s, %.1f MB in %.1f s; use it with -m\n", out, json_string_value(json_object_get(report, "dtype")), json_number_value(json_object_get(report, "bytes")) / 1e6, seconds);
+    printf("\n%s: %s, %.2f bits a weight, %.1f MB in %.1f s; use it with -m\n", out, json_string_value(json_object_get(report, "dtype")),
+           json_number_value(json_object_get(report, "bits")), json_number_value(json_object_get(report, "bytes")) / 1e6, seconds);
 }
 
 static int run(const tool_args *a) {
@@ -52,7 +53,7 @@ static int run(const tool_args *a) {
     int code = tool_model_path(a, path);
     if (code) return code;
     if (a->n_words != 1) return tool_usage(a->command, "say which directory to make");
-    if (!tool_get(a, "dtype")) qvl_options_set(a->options, "dtype", "int4");
+    if (!tool_get(a, "dtype") && !tool_get(a, "bits")) qvl_options_set(a->options, "dtype", "int4");
     tool_progress bar = {.label = "quantizing", .start = tool_now_ms()};
     qvl_options_set_progress(a->options, tool_progress_step, &bar);
     char *text = NULL;
@@ -76,14 +77,14 @@ static const tool_option options[] = {
 
 const tool_command tool_quantize = {
     .name = "quantize",
-    .synopsis = "[-m MODEL] [--dtype int4|int8|bf16|f32] [--json] DIRECTORY",
+    .synopsis = "[-m MODEL] [--dtype int4|int8|bf16|f32 | --bits N] [--json] DIRECTORY",
     .summary = "a model in fewer bits, in a directory that loads at once",
     .details = "Writes DIRECTORY: the weights as --dtype asks (default int4; auto keeps them as stored), laid out as they are used, so that\n"
-               "loading only maps them, and the model's other files. The table tells the error of each layer: how far its rounded weights\n"
+               "loading only maps them, and the model's other files. With --bits each matrix becomes int4, int8 or bf16, where they are worth most. The table tells the error of each layer: how far its rounded weights\n"
                "are from the stored ones, relative to their size, over up to 256 rows of every matrix.",
     .options = options,
-    .scopes = "model",
-    .without = "device chat_template rope_yarn_factor",
+    .scopes = "model quantize",
+    .without = "device rope_yarn_factor",
     .max_words = 1,
     .run = run,
 };

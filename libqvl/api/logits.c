@@ -6,6 +6,7 @@
  * Invariants: the same rows, in chunks, that an engine would run: the same bits (law 6);
  *             LOGITS_ROWS rows of logits are in memory at a time beside the caller's buffer.
  */
+#include <string.h>
 
 #include "../engine/engine.h"
 
@@ -58,7 +59,7 @@ static int forced_new(forced *f) {
     return rc;
 }
 
-static void forced_chunk(forced *f, int first, int rows, float *out) {
+static int forced_chunk(forced *f, int first, int rows, float *out) {
     const qvl_prompt *p = f->p;
     int visual_rows = 0;
     for (int k = 0; k < rows; k++) {
@@ -75,9 +76,9 @@ static void forced_chunk(forced *f, int first, int rows, float *out) {
     qvl__batch b = {.rows = rows, .seqs = 1, .tokens = f->tokens, .positions = f->positions, .stride = rows, .seq = f->seq, .pos = f->pos, .table = f->table,
                     .visual_rows = visual_rows, .visual_row = f->visual_row, .visual_src = f->visual_src, .visual_index = f->visual_index,
                     .outs = rows, .out_row = f->out_row};
-    qvl__text_forward(f->m, &f->kv, &f->ws, &b);
-    size_t vocab = (size_t)f->m->config.text.vocab;
-    f->m->device->get(f->m->device, out, f->ws.logits, (size_t)rows * vocab * sizeof(float));
+    int rc = qvl__text_forward(f->m, &f->kv, &f->ws, &b);
+    if (rc == 0) memcpy(out, f->ws.host_logits, (size_t)rows * (size_t)f->m->config.text.vocab * sizeof(float));
+    return rc;
 }
 
 int qvl_logits(const qvl_model *m, const qvl_prompt *p, float *out, size_t out_floats) {
@@ -89,7 +90,7 @@ int qvl_logits(const qvl_model *m, const qvl_prompt *p, float *out, size_t out_f
         return qvl__fail(QVL_ECONTEXT, "the prompt has %zu tokens, the model's max_position_embeddings is %d", p->n, m->config.text.max_positions);
     forced f = {.m = (qvl_model *)(uintptr_t)m, .p = p};
     int rc = forced_new(&f), n = (int)p->n;
-    for (int i = 0; rc == 0 && i < n; i += LOGITS_ROWS) forced_chunk(&f, i, n - i < LOGITS_ROWS ? n - i : LOGITS_ROWS, out + (size_t)i * vocab);
+    for (int i = 0; rc == 0 && i < n; i += LOGITS_ROWS) rc = forced_chunk(&f, i, n - i < LOGITS_ROWS ? n - i : LOGITS_ROWS, out + (size_t)i * vocab);
     forced_free(&f);
     return rc;
 }

@@ -1,7 +1,7 @@
 /* quantize.c - a model in fewer bits, packed into a directory of its own (public function).
  *
  * Job:        open the model as loading would, send its weights to a packed file, copy the files beside them.
- * Input:      a Hugging Face directory, where to, option dtype.
+ * Input:      a Hugging Face directory, where to, option dtype or bits.
  * Output:     a directory that qvl_model_load takes; a report.
  * Invariants: everything small is written before the weights, so that a directory with packed weights is complete.
  */
@@ -12,7 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "../checkpoint/checkpoint.h"
+#include "mixed.h"
 
 /* All that loading looks at, and what people look for. */
 static const char *const files[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -61,7 +61,8 @@ static int make_directory(const char *path, const char *out) {
 
 static int write_report(const qvl__packer *p, char **out) {
     qvl__buf b = {0};
-    qvl__buf_printf(&b, "{\"dtype\": \"%s\", \"bytes\": %" PRIu64 ", \"matrices\": [", p->kind, p->written);
+    qvl__buf_printf(&b, "{\"dtype\": \"%s\", \"bytes\": %" PRIu64 ", \"bits\": %.4g, \"matrices\": [", p->kind, p->written,
+                    8.0 * (double)p->bytes / (double)p->weights);
     qvl__buf_add(&b, p->report.data ? p->report.data : "", p->report.len);
     qvl__buf_puts(&b, "]}");
     if (b.failed || p->report.failed) {
@@ -76,6 +77,8 @@ int qvl_quantize(const char *path, const char *out, const qvl_options *o, char *
     if (!path || !out) return qvl__fail(QVL_EINVAL, "qvl_quantize: path or out is NULL");
     if (report) *report = NULL;
     const char *dtype = qvl__opt_str(o, "dtype");
+    bool mixed = qvl__opt_f64(o, "bits") > 0;
+    if (mixed && qvl__opt_is_set(o, "dtype")) return qvl__fail(QVL_EINVAL, "option bits chooses the types itself: leave out dtype");
     qvl_progress_fn progress;
     void *ud;
     qvl__opt_progress(o, &progress, &ud);
@@ -83,17 +86,20 @@ int qvl_quantize(const char *path, const char *out, const qvl_options *o, char *
     qvl__pool *pool = NULL;
     qvl__device *d = NULL;
     qvl__packer p = {.fd = -1};
+    qvl__mix plan = {0};
     int rc = qvl__config_load(&c, path);
     if (rc == 0) rc = make_directory(path, out);
+    if (rc == 0 && mixed) rc = qvl__mixed_choose(&plan, path, o);
     for (size_t i = 0; rc == 0 && i < sizeof files / sizeof *files; i++) rc = copy(path, out, files[i]);
     if (rc == 0) rc = qvl__pool_new(&pool, (int)qvl__opt_i64(o, "threads"));
     if (rc == 0) rc = qvl__cpu_open(&d, pool, false);
     /* Room for more weights than there are: a layer has 8 and a mixture's 7 and its experts, one of vision 12, a merger 6. */
     size_t entries = (size_t)c.text.layers * (12 + 2 * (size_t)c.text.experts) + (size_t)c.vision.depth * 16 + 64;
     if (rc == 0) rc = qvl__packer_begin(&p, out, entries);
-    if (rc == 0) rc = qvl__weights_pack(&p, &c, path, d, dtype, progress, ud);
+    if (rc == 0) rc = qvl__weights_pack(&p, &c, path, d, dtype, mixed ? &plan : NULL, progress, ud);
     if (rc == 0 && report && (rc = write_report(&p, report)) < 0) unlink(p.path);
     qvl__packer_free(&p);
+    qvl__free(plan.types);
     if (d) d->close(d);
     qvl__pool_free(pool);
     qvl__config_free(&c);

@@ -72,6 +72,9 @@ int qvl__map_open(qvl__map *m, const char *path);
 void qvl__map_close(qvl__map *m);
 /* Tells the system that the pages of [offset, offset + size) are no longer needed in memory. */
 void qvl__map_forget(const qvl__map *m, size_t offset, size_t size);
+/* Asks for huge pages when the file is read into memory; before anything of it was. Where the kernel has none for files,
+ * nothing changes. */
+void qvl__map_huge(const qvl__map *m);
 /* Reads a whole file (at most limit bytes) into memory of qvl__malloc, with a zero after the last byte. */
 int qvl__read_file(const char *path, size_t limit, char **data, size_t *size);
 /* Writes n bytes of data to fd, from byte at of the file on; path is what an error names. */

@@ -62,6 +62,10 @@ void qvl__map_forget(const qvl__map *m, size_t offset, size_t size) {
     if (m->data && last > first && last <= m->size) madvise((void *)(uintptr_t)(m->data + first), last - first, MADV_DONTNEED);
 }
 
+void qvl__map_huge(const qvl__map *m) {
+    if (m->data) madvise((void *)(uintptr_t)m->data, m->size, MADV_HUGEPAGE);
+}
+
 int qvl__read_file(const char *path, size_t limit, char **data, size_t *size) {
     *data = NULL;
     *size = 0;

@@ -102,6 +102,7 @@ typedef struct {
     qvl__buf header, report;
     size_t reserved;  /* bytes of the file before the data */
     uint64_t written; /* bytes of data */
+    uint64_t weights, bytes; /* of the matrices in the report */
     const char *kind; /* what most weights are, once it ended */
 } qvl__packer;
 /* Begins dir/qvl.safetensors under a temporary name, with room for about entries weights in its header. */
@@ -143,11 +144,19 @@ typedef struct {
     uint8_t id[32]; /* SHA-256 over names, types, shapes and sampled contents */
     qvl__type type; /* type of most weights */
     qvl__map file;  /* a packed file, in which the matrices lie */
+    qvl__matrix **matrices; /* all of them, in the order of loading */
+    size_t n_matrices;
 } qvl__weights;
+/* A type for every matrix, in the order of loading; a mixture's routers are counted, but stay as they are. */
+typedef struct {
+    qvl__type *types;
+    size_t n;
+    qvl__type most; /* what most weights are */
+} qvl__mix;
 int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
                       qvl_progress_fn progress, void *ud);
-/* The same weights into a packed file, one after the other. */
-int qvl__weights_pack(qvl__packer *to, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
+/* The same weights into a packed file, one after the other; with a plan, which may be NULL, of its types instead of dtype's. */
+int qvl__weights_pack(qvl__packer *to, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype, const qvl__mix *plan,
                       qvl_progress_fn progress, void *ud);
 void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d);
 

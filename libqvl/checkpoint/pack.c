@@ -50,6 +50,8 @@ int qvl__packer_add(qvl__packer *p, const char *name, const char *dtype, int ran
 }
 
 void qvl__packer_note(qvl__packer *p, const char *name, uint64_t weights, uint64_t bytes, double error) {
+    p->weights += weights;
+    p->bytes += bytes;
     qvl__buf_printf(&p->report, "%s{\"name\": \"%s\", \"weights\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"error\": %.6g}", p->report.len ? ", " : "", name,
                     weights, bytes, error);
 }

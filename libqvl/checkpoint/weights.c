@@ -32,6 +32,7 @@ typedef struct {
     char at[48];               /* where we are, in the names of packed files: "text.3." */
     bool round_bf16;
     const qvl__type *force; /* type of the matrices to come; NULL: theirs */
+    const qvl__mix *plan;  /* replaces what force says */
     uint64_t done, total;
     qvl_progress_fn progress;
     void *ud;
@@ -103,6 +104,9 @@ static void advance(loader *l, const qvl__tensor *t, const uint8_t *from, size_t
         l->rc = qvl__fail(QVL_ECANCELLED, "%s: loading was cancelled by the progress callback", l->dir);
 }
 
+/* The type that the next matrix was told to have. */
+static qvl__type forced(const loader *l) { return l->plan ? l->plan->types[l->w->n_matrices] : *l->force; }
+
 /* The narrowest type that holds all of ts exactly, or bf16 when rounding was asked for. */
 static int common_type(loader *l, const source *ts, int n, qvl__type *out) {
     for (int i = 0; i < n; i++) {
@@ -111,8 +115,20 @@ static int common_type(loader *l, const source *ts, int n, qvl__type *out) {
         *out = i == 0 || *out == t ? t : QVL__F32;
     }
     if (l->round_bf16) *out = QVL__BF16;
-    if (l->force) *out = *l->force;
+    if (l->force) *out = forced(l);
     return 0;
+}
+
+/* The matrix goes onto the list of all, which frees it one day. */
+static void enlist(loader *l, qvl__matrix *m) {
+    qvl__matrix **all = qvl__array(l->w->matrices, l->w->n_matrices + 1, sizeof(qvl__matrix *));
+    if (all) {
+        l->w->matrices = all;
+        all[l->w->n_matrices++] = m;
+        return;
+    }
+    l->d->matrix_free(l->d, m);
+    l->rc = QVL_ENOMEM;
 }
 
 static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
@@ -162,6 +178,7 @@ static void map_matrix(loader *l, qvl__matrix *m, bool gate_up, int n, int k, co
     }
     t->used = true;
     l->w->bytes += m->bytes;
+    enlist(l, m);
     advance(l, t, t->data, t->bytes);
 }
 
@@ -217,6 +234,7 @@ static double error_of(loader *l, const qvl__matrix *m, const source *ts) {
 /* A finished matrix of the loader: stays, or goes to the packer. error: what rounding did to it. */
 static void settle(loader *l, qvl__matrix *m, const char *part, double error) {
     l->w->bytes += m->bytes;
+    enlist(l, m);
     if (!l->to || l->rc) return;
     char name[96];
     snprintf(name, sizeof name, "%s%s.%s", l->at, part, qvl__type_name(m->type));
@@ -374,6 +392,7 @@ static void experts(loader *l, qvl__matrix **out, bool gate_up, int inputs, int 
         const uint8_t *src = t->data + (size_t)e * bytes;
         for (size_t i = 0; i < (size_t)inputs; i++)
             for (size_t o = 0; o < (size_t)outputs; o++) memcpy(turned + (o * (size_t)inputs + i) * size, src + (i * (size_t)outputs + o) * size, size);
+        if (l->force) type = forced(l);
         if ((l->rc = l->d->matrix_new(l->d, &(*out)[e], type, outputs, inputs, gate_up)) < 0) break;
         l->d->matrix_put(l->d, &(*out)[e], 0, outputs, stored, turned);
         advance(l, t, src, bytes);
@@ -482,6 +501,7 @@ static void read_packed(loader *l, const char *dtype) {
     if (l->rc == 0 && strcmp(dtype, "auto") != 0 && strcmp(dtype, "f32") != 0 && strcmp(dtype, is) != 0)
         l->rc = qvl__fail(QVL_EUNSUPPORTED, "%s is packed as %s: it cannot be loaded as %s; leave dtype at auto, or load the directory it was made from", l->dir, is, dtype);
     l->packed = true;
+    qvl__map_huge(&l->st.maps[0]); /* the weights are streamed for as long as the model lives */
 }
 
 /* Loads into w, or with to: through w into a packed file. */
@@ -508,6 +528,7 @@ static int load(loader *l, const char *dtype) {
         layers = NULL;
     }
     l->force = layers ? &q8 : NULL;
+    if (l->plan) l->force = layers = &l->plan->most;
     if (layers) w->type = *layers;
     if (l->rc == 0) identify(l);
     if (l->rc == 0) load_text(l, layers);
@@ -528,10 +549,10 @@ int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qv
     return load(&l, dtype);
 }
 
-int qvl__weights_pack(qvl__packer *to, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
+int qvl__weights_pack(qvl__packer *to, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype, const qvl__mix *plan,
                       qvl_progress_fn progress, void *ud) {
     qvl__weights w;
-    loader l = {.d = d, .c = c, .w = &w, .dir = dir, .to = to, .round_bf16 = strcmp(dtype, "bf16") == 0, .progress = progress, .ud = ud};
+    loader l = {.d = d, .c = c, .w = &w, .dir = dir, .to = to, .plan = plan, .round_bf16 = strcmp(dtype, "bf16") == 0, .progress = progress, .ud = ud};
     int rc = load(&l, dtype);
     if (rc) return rc;
     rc = qvl__packer_end(to, qvl__type_name(w.type));
@@ -546,16 +567,14 @@ static void free_merger(qvl__device *d, qvl__merger *m, int norm, int wide, int 
     free_vector(d, m->norm_b, (size_t)norm);
     free_vector(d, m->fc1_b, (size_t)wide);
     free_vector(d, m->fc2_b, (size_t)out);
-    d->matrix_free(d, &m->fc1);
-    d->matrix_free(d, &m->fc2);
 }
 
 void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d) {
     const qvl__text_config *t = &c->text;
     const qvl__vision_config *v = &c->vision;
     size_t h = (size_t)t->hidden, vh = (size_t)v->hidden, hd = (size_t)t->head_dim;
-    if (!t->tied) d->matrix_free(d, &w->lm_head);
-    d->matrix_free(d, &w->embed);
+    for (size_t i = 0; i < w->n_matrices; i++) d->matrix_free(d, w->matrices[i]);
+    qvl__free(w->matrices);
     free_vector(d, w->norm, h);
     for (int i = 0; w->text && i < t->layers; i++) {
         qvl__text_layer *b = &w->text[i];
@@ -563,17 +582,9 @@ void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d) {
         free_vector(d, b->post_norm, h);
         free_vector(d, b->q_norm, hd);
         free_vector(d, b->k_norm, hd);
-        d->matrix_free(d, &b->qkv);
-        d->matrix_free(d, &b->o);
-        d->matrix_free(d, &b->gate_up);
-        d->matrix_free(d, &b->down);
-        d->matrix_free(d, &b->router);
-        for (int e = 0; b->expert_gate_up && e < t->experts; e++) d->matrix_free(d, &b->expert_gate_up[e]);
-        for (int e = 0; b->expert_down && e < t->experts; e++) d->matrix_free(d, &b->expert_down[e]);
         qvl__free(b->expert_gate_up);
         qvl__free(b->expert_down);
     }
-    d->matrix_free(d, &w->patch);
     free_vector(d, w->patch_b, vh);
     free_vector(d, w->pos_embed, (size_t)v->positions * vh);
     for (int i = 0; w->vision && i < v->depth; i++) {
@@ -582,10 +593,6 @@ void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d) {
         for (int j = 0; j < 6; j++) free_vector(d, per_hidden[j], vh);
         free_vector(d, b->qkv_b, 3 * vh);
         free_vector(d, b->fc1_b, (size_t)v->inter);
-        d->matrix_free(d, &b->qkv);
-        d->matrix_free(d, &b->proj);
-        d->matrix_free(d, &b->fc1);
-        d->matrix_free(d, &b->fc2);
     }
     free_merger(d, &w->merger, v->hidden, 4 * v->hidden, v->out_hidden);
     for (int i = 0; i < v->n_deepstack; i++) free_merger(d, &w->deepstack[i], 4 * v->hidden, 4 * v->hidden, v->out_hidden);

@@ -30,6 +30,14 @@ bool qvl__kv_type_of(const char *name, qvl__type *out);
 
 typedef struct qvl__device qvl__device;
 
+/* What a device is opened with. */
+typedef struct {
+    bool bf16_math;     /* products of matmul may round activations to bf16, where the device has such products */
+    bool deterministic; /* GPU: kernels whose rows do not depend on the batch (on the CPU they never do) */
+    int gpus;           /* GPU: how many share the model, tensor parallel */
+    double memory;      /* GPU: the part of its memory that may be used, 0..1 */
+} qvl__device_options;
+
 /* A packed weight of n output features by k inputs. How data is laid out is the device's business; on the CPU: panels
  * of 16 output columns, see cpu/panel.c. */
 typedef struct {
@@ -65,16 +73,31 @@ typedef struct {
     const int32_t *seq, *pos;
     const int32_t *table;
     int stride;
+    /* Known on the host, for devices that choose kernels by them; 0 is always right. */
+    int singles; /* so many rows at the beginning are the only ones of their sequences */
+    int longest; /* at least the largest pos + 1 */
 } qvl__ragged;
 
 struct qvl__device {
     const char *name; /* "cpu" */
     const char *isa;  /* "generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16" */
     qvl__pool *pool;  /* borrowed */
-    bool bf16_math;   /* products of matmul may round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16) */
+    bool bf16_math;   /* products of matmul round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16, or a GPU) */
+    bool host_memory; /* what alloc gives may be read and written by the host */
+    double slice_flops; /* how much work of the vision tower is worth a look at the clock */
     void *impl;       /* the device's own state (CPU: kernel table and per-thread scratch) */
 
     void (*close)(qvl__device *d);
+    /* Waits until everything asked for is done. 0, or the first failure of any op since the device was opened (QVL_ENODEV:
+     * the GPU is lost): ops themselves cannot report. */
+    int (*sync)(qvl__device *d);
+    /* Bytes that are left for a KV cache; 0: memory is the host's, and the caller's options decide. */
+    uint64_t (*room)(qvl__device *d);
+    /* Steps that repeat. replay: true when the ops of this key were recorded before; they have been started again, over
+     * the same buffers. False: the caller calls the ops and then recorded; nothing but ops without put, get and alloc may
+     * lie between. NULL where calling the ops is cheap. */
+    bool (*replay)(qvl__device *d, const uint64_t key[4]);
+    void (*recorded)(qvl__device *d);
 
     /* Buffers. alloc gives zeroed memory or NULL (message set). */
     void *(*alloc)(qvl__device *d, size_t size);
@@ -138,9 +161,15 @@ struct qvl__device {
     size_t (*attention_full_scratch)(qvl__device *d, int span, int head_dim, int n);
 };
 
+/* Opens what option device names: "cpu"; "cuda" (QVL_ENODEV with the reason when there is no plug-in, no driver or no GPU);
+ * "auto": a GPU if one can be opened, else the CPU. pool is borrowed. */
+int qvl__device_open(qvl__device **out, qvl__pool *pool, const char *name, const qvl__device_options *o);
+
 /* Opens the CPU. bf16_math asks for bf16 products, granted where the CPU has them (see d->bf16_math after). The level
  * is the best that cpuid, the operating system and the environment variable QVL_CPU (generic, avx2, avx512,
  * avx512-vnni, avx512-bf16) allow. */
 int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math);
+/* Times the kernels of an open CPU against the machine's limits; the JSON object of qvl_bench_kernels, appended to json. */
+int qvl__cpu_bench(qvl__device *d, qvl__buf *json, qvl_progress_fn progress, void *ud);
 
 #endif

@@ -94,8 +94,7 @@ void qvl__answer_bury(qvl_engine *e) {
     }
 }
 
-/* Ends a request with the thread's last error. */
-static void fail(qvl_engine *e, qvl__request *r, int code) {
+void qvl__answer_fail(qvl_engine *e, qvl__request *r, int code) {
     qvl_event *v = new_event(e, QVL_EVENT_ERROR, r);
     v->error = code;
     snprintf(r->message, sizeof r->message, "%s", qvl_last_error());
@@ -169,7 +168,7 @@ static void advance(qvl_engine *e, qvl__request *r, float *logits, int guess) {
     int rc = qvl__sample(&r->sampler, logits, token_limit(e), r->banned, n_banned, (uint64_t)r->prompt_n + (uint64_t)r->generated, &v->sampled);
     if (rc) {
         e->n_events--;
-        fail(e, r, rc);
+        qvl__answer_fail(e, r, rc);
         return;
     }
     v->token = r->answer[r->generated] = v->sampled.token;
@@ -196,10 +195,10 @@ void qvl__answer_row(qvl_engine *e, const qvl__batch *b, int out) {
     qvl__request *r = e->rows.out_request[out];
     if (r->ended) return;
     int row = b->out_row[out], at = b->pos[row];
-    float *logits = e->ws.logits + (size_t)out * (size_t)e->model->config.text.vocab;
+    float *logits = e->ws.host_logits + (size_t)out * (size_t)e->model->config.text.vocab;
     int rc = r->prompt_logprobs >= 0 && r->reported < r->prompt_n ? report_prompt(e, r, at + 1, logits) : 0;
     if (rc) {
-        fail(e, r, rc);
+        qvl__answer_fail(e, r, rc);
         return;
     }
     /* the row of the sequence's last token: a guess that was wrong, and all behind it, are not */

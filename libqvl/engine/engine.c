@@ -166,10 +166,12 @@ static void learn(qvl_engine *e, double ms) {
     *to = *to > 0 ? *to + 0.3 * (x - *to) : x;
 }
 
-/* Runs the batch that was built and answers its outputs. */
+/* Runs the batch that was built and answers its outputs. When the device has failed, so have all who were to use it. */
 static void run(qvl_engine *e, const qvl__batch *b) {
     double start = qvl__now_ms();
-    qvl__text_forward(e->model, &e->kv, &e->ws, b);
+    int rc = b->rows ? qvl__text_forward(e->model, &e->kv, &e->ws, b) : e->model->device->sync(e->model->device);
+    for (int i = e->n_running; rc && i-- > 0 && qvl__answer_room(e);) qvl__answer_fail(e, e->running[i], rc);
+    if (rc || !b->rows) return;
     learn(e, qvl__now_ms() - start);
     for (int i = 0; i < b->outs; i++) qvl__answer_row(e, b, i);
     for (int i = 0; i < e->n_running; i++) {
@@ -229,7 +231,7 @@ int qvl_engine_step(qvl_engine *e, int timeout_ms) {
     int rows = pace(e);
     qvl__batch b;
     qvl__batch_build(e, &b, rows);
-    if (b.rows) run(e, &b);
+    run(e, &b);
     publish(e);
     return e->n_events;
 }

@@ -241,6 +241,8 @@ static inline bool qvl__answer_room(const qvl_engine *e) { return e->n_events < 
 void qvl__answer_row(qvl_engine *e, const qvl__batch *b, int out);
 /* Ends a request before its time: "cancelled" or "deadline". */
 void qvl__answer_end(qvl_engine *e, qvl__request *r, const char *reason);
+/* Ends a request with the thread's last error. */
+void qvl__answer_fail(qvl_engine *e, qvl__request *r, int code);
 /* Frees what ended in the last step. */
 void qvl__answer_bury(qvl_engine *e);
 

@@ -20,12 +20,18 @@ static int plan_context(const qvl_model *m, const qvl_options *o) {
     return (int)(asked ? asked : most < 8192 ? most : 8192);
 }
 
-static int plan_blocks(const qvl__plan *p, const qvl_options *o) {
+/* On a device with memory of its own the bound is what is left there beside the workspaces. */
+static int plan_blocks(const qvl__plan *p, const qvl_model *m, const qvl_options *o) {
     int64_t asked = qvl__opt_i64(o, "kv_blocks");
     if (asked) return (int)asked;
-    int64_t one = qvl__blocks_for(p->max_context), all = one * p->max_requests, bound = ((int64_t)1 << 30) / (int64_t)p->block_bytes;
+    int64_t one = qvl__blocks_for(p->max_context), all = one * p->max_requests, workspace = (int64_t)(p->text_bytes + p->vision_bytes);
+    int64_t room = (int64_t)m->device->room(m->device), bytes = room ? room - workspace : (int64_t)1 << 30, bound = bytes / (int64_t)p->block_bytes;
+    if (room && bound < one)
+        return qvl__fail(QVL_ENOMEM, "the GPU has %" PRId64 " MiB left, %" PRId64 " MiB of them are workspace; one context of %d tokens needs %" PRId64 " MiB of KV cache: lower max_context, "
+                         "use kv_dtype int8 or raise gpu_memory_utilization", room >> 20, workspace >> 20, p->max_context, one * (int64_t)p->block_bytes >> 20);
     int64_t n = all < bound ? all : bound;
-    return (int)(n > one ? n : one);
+    if (n < one) n = one;
+    return n < INT32_MAX / QVL__KV_BLOCK ? (int)n : INT32_MAX / QVL__KV_BLOCK;
 }
 
 /* Patches of the largest picture: what a context can hold, and what the processor makes at most. */
@@ -48,13 +54,13 @@ int qvl__plan_make(qvl__plan *p, const qvl_model *m, const qvl_options *o) {
     qvl__kv_type_of(qvl__opt_str(o, "kv_dtype"), &p->kv_type);
     int rc = m->device->kv_block_bytes(m->device, p->kv_type, t->layers, t->kv_heads, t->head_dim, &p->block_bytes);
     if (rc) return rc;
-    p->kv_blocks = plan_blocks(p, o);
     p->table_stride = qvl__blocks_for(p->max_context);
     p->image_rows = plan_image_rows(p, m, o);
     p->batch_rows = p->image_rows > PICTURE_ROWS ? p->image_rows : PICTURE_ROWS;
     p->text_bytes = qvl__text_ws_bytes(m, p->max_batched, p->max_out, p->max_requests, p->table_stride);
     p->vision_bytes = qvl__tower_bytes(m, p->batch_rows, p->max_requests);
-    return 0;
+    p->kv_blocks = plan_blocks(p, m, o);
+    return p->kv_blocks < 0 ? p->kv_blocks : 0;
 }
 
 int qvl_engine_plan(const qvl_model *m, const qvl_options *o, char **json) {

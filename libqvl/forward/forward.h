@@ -75,9 +75,10 @@ typedef struct {
     size_t bytes;
     char *base; /* one device region that the pointers below divide */
     float *x, *norm, *qkv, *attn, *act, *cos, *sin, *logits;
-    int32_t *ids, *seq, *pos, *index, *table;
+    int32_t *ids, *seq, *pos, *index, *out, *table;
     int max_seqs, table_stride;
     float *host_cos, *host_sin;
+    float *host_logits; /* where the host reads logits: logits itself in host memory */
     /* mixture of experts only */
     float *routes, *route_weight, *scale, *expert_x, *expert_y;
     int32_t *route, *expert_index;
@@ -104,8 +105,9 @@ typedef struct {
     int outs;
     const int32_t *out_row; /* [outs] rows that give logits */
 } qvl__batch;
-/* Runs the batch; keys and values go into kv, ws->logits gets [outs][vocab]. */
-void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b);
+/* Runs the batch; keys and values go into kv, ws->host_logits gets [outs][vocab]. Fails only when the device has failed
+ * (qvl__device's sync): nothing of the batch counts then. */
+int qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b);
 
 
 /* ---- moe.c ---- */

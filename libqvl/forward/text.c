@@ -28,6 +28,7 @@ static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
     PART(seq, rows);
     PART(pos, rows);
     PART(index, rows);
+    PART(out, (size_t)ws->max_out);
     PART(table, (size_t)ws->max_seqs * (size_t)ws->table_stride);
     PART(logits, (size_t)ws->max_out * (size_t)c->vocab);
     if (c->experts) {
@@ -56,6 +57,10 @@ int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max
     ws->host_cos = qvl__array(NULL, (size_t)max_rows * half, sizeof(float));
     ws->host_sin = qvl__array(NULL, (size_t)max_rows * half, sizeof(float));
     bool ok = ws->base && ws->host_cos && ws->host_sin;
+    if (!m->device->host_memory) {
+        ws->host_logits = qvl__array(NULL, (size_t)max_out * (size_t)m->config.text.vocab, sizeof(float));
+        ok = ok && ws->host_logits;
+    }
     if (m->config.text.experts) {
         size_t routes = (size_t)max_rows * (size_t)m->config.text.top_k;
         ws->host_route = qvl__array(NULL, routes, sizeof(int32_t));
@@ -69,11 +74,13 @@ int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max
         return QVL_ENOMEM;
     }
     layout(ws, m);
+    if (m->device->host_memory) ws->host_logits = ws->logits;
     return 0;
 }
 
 void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m) {
     if (ws->base) m->device->free(m->device, ws->base, ws->bytes);
+    if (ws->host_logits != ws->logits) qvl__free(ws->host_logits);
     qvl__free(ws->host_cos);
     qvl__free(ws->host_sin);
     qvl__free(ws->host_route);
@@ -88,40 +95,38 @@ void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m) {
 static void visual_rows(const qvl_model *m, qvl__text_ws *ws, const qvl__batch *b, int layer) {
     qvl__device *d = m->device;
     size_t hidden = (size_t)m->config.text.hidden;
-    for (int i = 0; i < b->visual_rows; i++) {
+    for (int i = 0, n; i < b->visual_rows; i += n) { /* tokens that follow one another in one embedding go together */
         const qvl_embedding *e = b->visual_src[i];
+        for (n = 1; i + n < b->visual_rows && b->visual_src[i + n] == e && b->visual_index[i + n] == b->visual_index[i] + n; n++) {}
         const float *src = e->data + ((size_t)layer * (size_t)e->tokens + (size_t)b->visual_index[i]) * hidden;
-        d->put(d, ws->norm + (size_t)i * hidden, src, hidden * sizeof(float));
+        d->put(d, ws->norm + (size_t)i * hidden, src, (size_t)n * hidden * sizeof(float));
     }
     d->scatter_rows(d, ws->x, ws->norm, ws->index, b->visual_rows, (int)hidden, layer > 0);
 }
 
-void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b) {
+/* What the device is told about the batch beside its rows. longest is rounded up so that steps of one shape repeat. */
+static qvl__ragged ragged(const qvl__text_ws *ws, const qvl__batch *b) {
+    qvl__ragged w = {b->rows, ws->seq, ws->pos, ws->table, ws->table_stride, 0, 1};
+    int longest = 0;
+    while (w.singles < b->rows && (w.singles + 1 == b->rows || b->seq[w.singles + 1] != b->seq[w.singles])) w.singles++;
+    for (int r = 0; r < b->rows; r++) longest = b->pos[r] + 1 > longest ? b->pos[r] + 1 : longest;
+    while (w.longest < longest) w.longest *= 2;
+    return w;
+}
+
+/* The layers and the logits: ops alone, unless there are visual rows or experts. */
+static void layers(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b, const qvl__ragged *where) {
     const qvl__text_config *c = &m->config.text;
     const qvl__weights *w = &m->weights;
     qvl__device *d = m->device;
-    size_t ints = (size_t)b->rows * sizeof(int32_t), angles = (size_t)b->rows * (size_t)c->head_dim / 2 * sizeof(float);
-
-    qvl__rope_text(m, ws->host_cos, ws->host_sin, b->positions, b->stride, b->rows);
-    d->put(d, ws->cos, ws->host_cos, angles);
-    d->put(d, ws->sin, ws->host_sin, angles);
-    d->put(d, ws->ids, b->tokens, ints);
-    d->put(d, ws->seq, b->seq, ints);
-    d->put(d, ws->pos, b->pos, ints);
-    d->put(d, ws->table, b->table, (size_t)b->seqs * (size_t)ws->table_stride * sizeof(int32_t));
-    qvl__ragged where = {b->rows, ws->seq, ws->pos, ws->table, ws->table_stride};
-
     d->embed(d, ws->x, &w->embed, ws->ids, b->rows);
-    if (b->visual_rows) {
-        d->put(d, ws->index, b->visual_row, (size_t)b->visual_rows * sizeof(int32_t));
-        visual_rows(m, ws, b, 0);
-    }
+    if (b->visual_rows) visual_rows(m, ws, b, 0);
     for (int i = 0; i < c->layers; i++) {
         const qvl__text_layer *l = &w->text[i];
         d->rms_norm(d, ws->norm, ws->x, l->input_norm, b->rows, c->hidden, c->eps);
         d->matmul(d, ws->qkv, ws->norm, b->rows, &l->qkv, NULL, QVL__EPI_NONE);
-        d->qk_norm_rope_kv(d, ws->qkv, c->heads, l->q_norm, l->k_norm, c->eps, ws->cos, ws->sin, kv, i, &where);
-        d->attention_paged(d, ws->attn, ws->qkv, c->heads, kv, i, &where);
+        d->qk_norm_rope_kv(d, ws->qkv, c->heads, l->q_norm, l->k_norm, c->eps, ws->cos, ws->sin, kv, i, where);
+        d->attention_paged(d, ws->attn, ws->qkv, c->heads, kv, i, where);
         d->matmul(d, ws->x, ws->attn, b->rows, &l->o, NULL, QVL__EPI_ADD);
         d->rms_norm(d, ws->norm, ws->x, l->post_norm, b->rows, c->hidden, c->eps);
         if (l->expert_gate_up) qvl__moe_forward(m, ws, l, b->rows);
@@ -132,8 +137,34 @@ void qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const 
         if (b->visual_rows && i < m->config.vision.n_deepstack) visual_rows(m, ws, b, 1 + i);
     }
     if (b->outs == 0) return;
-    d->put(d, ws->index, b->out_row, (size_t)b->outs * sizeof(int32_t));
-    d->gather_rows(d, ws->attn, ws->x, ws->index, b->outs, c->hidden);
+    d->gather_rows(d, ws->attn, ws->x, ws->out, b->outs, c->hidden);
     d->rms_norm(d, ws->norm, ws->attn, w->norm, b->outs, c->hidden, c->eps);
     d->matmul(d, ws->logits, ws->norm, b->outs, &w->lm_head, NULL, QVL__EPI_NONE);
+}
+
+int qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b) {
+    const qvl__text_config *c = &m->config.text;
+    qvl__device *d = m->device;
+    size_t ints = (size_t)b->rows * sizeof(int32_t), angles = (size_t)b->rows * (size_t)c->head_dim / 2 * sizeof(float);
+
+    qvl__rope_text(m, ws->host_cos, ws->host_sin, b->positions, b->stride, b->rows);
+    d->put(d, ws->cos, ws->host_cos, angles);
+    d->put(d, ws->sin, ws->host_sin, angles);
+    d->put(d, ws->ids, b->tokens, ints);
+    d->put(d, ws->seq, b->seq, ints);
+    d->put(d, ws->pos, b->pos, ints);
+    d->put(d, ws->table, b->table, (size_t)b->seqs * (size_t)ws->table_stride * sizeof(int32_t));
+    if (b->visual_rows) d->put(d, ws->index, b->visual_row, (size_t)b->visual_rows * sizeof(int32_t));
+    if (b->outs) d->put(d, ws->out, b->out_row, (size_t)b->outs * sizeof(int32_t));
+    qvl__ragged where = ragged(ws, b);
+
+    /* Decoding steps repeat: the same ops over the same buffers, only their contents change. */
+    const uint64_t key[4] = {(uint64_t)(uintptr_t)ws->base, (uint64_t)(uintptr_t)kv->data, (uint64_t)b->rows << 32 | (uint64_t)b->outs, (uint64_t)where.longest};
+    bool repeats = d->replay && where.singles == b->rows && b->visual_rows == 0 && c->experts == 0;
+    if (!repeats || !d->replay(d, key)) {
+        layers(m, kv, ws, b, &where);
+        if (repeats) d->recorded(d);
+    }
+    if (b->outs && !d->host_memory) d->get(d, ws->host_logits, ws->logits, (size_t)b->outs * (size_t)c->vocab * sizeof(float));
+    return d->sync(d);
 }

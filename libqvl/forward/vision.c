@@ -5,7 +5,7 @@
  * Output:     their qvl_embedding, [1 + deepstack][t * h * w / 4][hidden].
  * Invariants: rows are patches in 2x2 block order, all pairs of all visuals behind one another, so 4 rows in sequence are
  *             one merged token without moving data; attention stays inside one pair;
- *             a slice is a piece of one phase of one layer, at most about SLICE_FLOPS of work, so that a step of the
+ *             a slice is a piece of one phase of one layer, at most about the device's slice_flops of work, so that a step of the
  *             engine can stop anywhere; how rows are cut changes no bit, because every op works row by row;
  *             memory for each patch: hidden state, q, k, v and angles; everything wider is there for one slice only.
  */
@@ -13,7 +13,6 @@
 
 #include "forward.h"
 
-#define SLICE_FLOPS 5e9 /* 30 ms on two AVX2 cores */
 #define SLICE_ROWS 1024 /* most rows of a slice; a multiple of 4 */
 #define LEAST_ROWS 96   /* fewer would not fill the matrix kernels */
 #define PACK_ROWS 32768 /* rows of keys, over all heads, that are packed at once: 1 head where a span is longer */
@@ -109,9 +108,9 @@ void qvl__tower_free(qvl__tower *t) {
 
 /* ---- slices ---- */
 
-/* Rows that cost about SLICE_FLOPS, of `left`. */
-static int slice_rows(double flops_per_row, int left) {
-    double most = SLICE_FLOPS / flops_per_row;
+/* Rows that cost about a slice, of `left`. */
+static int slice_rows(const qvl__tower *t, double flops_per_row, int left) {
+    double most = t->d->slice_flops / flops_per_row;
     int n = most > SLICE_ROWS ? SLICE_ROWS : most < LEAST_ROWS ? LEAST_ROWS : (int)most / LEAST_ROWS * LEAST_ROWS;
     return n < left ? n : left;
 }
@@ -139,7 +138,7 @@ static void embed(qvl__tower *t) {
     qvl__device *d = t->d;
     int hidden = c->hidden, head_dim = hidden / c->heads, half = head_dim / 2, side = 1;
     while (side * side < c->positions) side++;
-    int n = slice_rows(2.0 * 1536 * hidden, span_of(t) - t->row);
+    int n = slice_rows(t, 2.0 * 1536 * hidden, span_of(t) - t->row);
     size_t row = pair_row(t) + (size_t)t->row, frame = (size_t)v->h * 16 * (size_t)v->w * 16 * 3, angles = (size_t)n * (size_t)half;
     const uint8_t *a = v->frames + (v->video ? 2 * (size_t)t->pair * frame : 0), *b = v->video ? a + frame : a;
     float *x = t->x + row * (size_t)hidden;
@@ -165,7 +164,7 @@ static void embed(qvl__tower *t) {
 static void qkv(qvl__tower *t) {
     const qvl__vision_layer *l = &t->m->weights.vision[t->layer];
     qvl__device *d = t->d;
-    int h = t->c->hidden, heads = t->c->heads, half = h / heads / 2, n = slice_rows(6.0 * h * h, t->rows - t->row);
+    int h = t->c->hidden, heads = t->c->heads, half = h / heads / 2, n = slice_rows(t, 6.0 * h * h, t->rows - t->row);
     size_t row = (size_t)t->row;
     float *to = t->qkv + row * 3 * (size_t)h;
     d->layer_norm(d, t->norm, t->x + row * (size_t)h, l->norm1_w, l->norm1_b, n, h, 1e-6f);
@@ -182,13 +181,13 @@ static void attention(qvl__tower *t) {
     double flops = 4.0 * span * head_dim; /* of one row and head */
     float *at = t->qkv + pair_row(t) * 3 * (size_t)t->c->hidden;
     if (t->row == 0) {
-        double fit = SLICE_FLOPS / flops / span;
+        double fit = d->slice_flops / flops / span;
         int blocks = (span + QVL__KV_BLOCK - 1) / QVL__KV_BLOCK, room = PACK_ROWS / QVL__KV_BLOCK / blocks;
         t->heads = fit < 1 ? 1 : fit < heads - t->head ? (int)fit : heads - t->head;
         if (t->heads > room) t->heads = room > 1 ? room : 1;
         d->attention_pack(d, t->pack, at, span, heads, head_dim, t->head, t->heads);
     }
-    double most = SLICE_FLOPS / flops / t->heads;
+    double most = d->slice_flops / flops / t->heads;
     int n = span - t->row < most ? span - t->row : most < LEAST_ROWS ? LEAST_ROWS : (int)most / LEAST_ROWS * LEAST_ROWS;
     if (n > span - t->row) n = span - t->row;
     d->attention_full(d, at, span, heads, head_dim, t->head, t->heads, t->row, n, t->pack);
@@ -205,7 +204,7 @@ static void next_layer(qvl__tower *t) { enter(t, ++t->layer < t->c->depth ? QKV 
 static void mlp(qvl__tower *t) {
     const qvl__vision_layer *l = &t->m->weights.vision[t->layer];
     qvl__device *d = t->d;
-    int h = t->c->hidden, n = slice_rows(2.0 * h * h + 4.0 * h * t->c->inter, t->rows - t->row);
+    int h = t->c->hidden, n = slice_rows(t, 2.0 * h * h + 4.0 * h * t->c->inter, t->rows - t->row);
     int32_t *index = (int32_t *)(void *)t->host;
     float *x = t->x + (size_t)t->row * (size_t)h;
     for (int i = 0; i < n; i++) index[i] = 3 * (t->row + i); /* the outputs of attention lie where q was */
@@ -228,7 +227,7 @@ static void merge(qvl__tower *t) {
     qvl__device *d = t->d;
     qvl_embedding *e = t->out[t->at];
     int h = t->c->hidden, out = t->c->out_hidden, layer = joined ? 1 + t->deep : 0;
-    int n = slice_rows(2.0 * h * (4.0 * h + out), 4 * (e->tokens - t->row)) / 4;
+    int n = slice_rows(t, 2.0 * h * (4.0 * h + out), 4 * (e->tokens - t->row)) / 4;
     const float *x = t->x + ((size_t)t->first_row[t->at] + 4 * (size_t)t->row) * (size_t)h;
     d->layer_norm(d, t->norm, x, m->norm_w, m->norm_b, joined ? n : 4 * n, joined ? 4 * h : h, 1e-6f);
     d->matmul(d, t->wide, t->norm, n, &m->fc1, m->fc1_b, QVL__EPI_GELU_ERF);
@@ -297,7 +296,9 @@ int qvl__vision_forward(qvl_model *m, const qvl__visual *v, qvl_embedding **out)
     }
     qvl__tower_start(t, &v, &e, 1);
     qvl__tower_work(t, 1e300);
+    rc = t->d->sync(t->d);
     qvl__tower_free(t);
-    *out = e;
-    return 0;
+    if (rc) qvl_embedding_free(e);
+    else *out = e;
+    return rc;
 }

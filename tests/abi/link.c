@@ -2,7 +2,7 @@
  *
  * Job:        fail to compile or to link when a signature, a constant or a symbol changed.
  * Input:      qvl.h and libqvl.so.
- * Output:     "66 functions", exit code 0.
+ * Output:     "73 functions", exit code 0.
  * Invariants: lines are added when a function is; a changed line is a broken ABI and needs a new SOVERSION;
  *             check.sh holds this list, exported.txt, qvl.h and the library's symbols to be the same.
  */
@@ -28,6 +28,7 @@
     X(void, qvl_model_free, (qvl_model *)) \
     X(int, qvl_model_info, (const qvl_model *, char **)) \
     X(int, qvl_quantize, (const char *, const char *, const qvl_options *, char **)) \
+    X(int, qvl_bench_kernels, (const qvl_options *, char **)) \
     X(const qvl_tokenizer *, qvl_model_tokenizer, (const qvl_model *)) \
     X(int, qvl_tokenizer_load, (qvl_tokenizer **, const char *)) \
     X(void, qvl_tokenizer_free, (qvl_tokenizer *)) \

@@ -35,7 +35,7 @@ def count(arguments):
     text = (ROOT / "LICENSE").read_bytes()  # for tokenize: a file that stays
     threads = [] if words[0] == "tokenize" else ["-t", "1"]
     p = subprocess.run(["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", ROOT / "build/release/qvl", *words, *threads], input=text,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "QVL_CPU": "avx2"})
+                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "QVL_CPU": "avx2", "QVL_CUDA_PLUGIN": "none"})  # looking for a GPU is not what is counted
     found = re.search(rb"Collected : (\d+)", p.stderr)
     if p.returncode or not found:
         sys.exit(f"qvl {arguments}: exit code {p.returncode}\n{p.stderr.decode()[-1500:]}")

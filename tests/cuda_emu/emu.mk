@@ -1,57 +1,71 @@
-# The CUDA emulator: objects in $(B)/cuda_emu (fast), cuda_emu_check (races, bounds, alignment, uninitialised reads) and
-# cuda_emu_asan. Kernels and host code under test are compiled with
-#   $(EMU_CXX) -x c++ $(EMU_FLAGS) $(EMU_KERNEL_<kind>) -c x.cu
-# and linked with $(EMU_OBJ_<kind>) $(EMU_LINK_<kind>) into a program or a shared object. <kind>: fast check asan.
-CUDA_HOME ?= /usr/local/cuda
+# The CUDA backend on the CPU: the sources of libqvl/device/cuda, unchanged, over the emulator of this folder.
+# -mfma: fmaf would be a library call otherwise, and the kernels call little else.
 EMU_CXX ?= g++
-EMU_DIR := tests/cuda_emu
+EMU_FLAGS = -std=c++17 -O3 -mavx2 -mfma -g -fPIC -fvisibility=hidden -ffp-contract=off -pthread -DQVL_CUDA_EMU -isystem $(CUDA_HOME)/include -Itests/cuda_emu -Wall -Wextra \
+	-Wno-unknown-pragmas -Wno-missing-field-initializers
+# Three builds of it: fast; check, which records every access of kernels and names races, bounds, alignment and what nobody
+# wrote (emu_check.cpp stands in for -fsanitize=thread's library); asan. What differs for kernels, for the emulator, in linking:
 EMU_KINDS := fast check asan
-EMU_FOLDER_fast := $(B)/cuda_emu
-EMU_FOLDER_check := $(B)/cuda_emu_check
-EMU_FOLDER_asan := $(B)/cuda_emu_asan
-
-EMU_FLAGS := -std=c++17 -O2 -g -fPIC -fvisibility=hidden -ffp-contract=off -fno-omit-frame-pointer -pthread -Wall -Wextra -DQVL_CUDA_EMU \
-	-isystem $(CUDA_HOME)/include -I$(EMU_DIR)
-EMU_KERNEL_fast :=
+EMU_DIR_fast := $(B)/emu
+EMU_DIR_check := $(B)/emu_check
+EMU_DIR_asan := $(B)/emu_asan
 EMU_KERNEL_check := -fsanitize=thread,alignment -fsanitize-undefined-trap-on-error
 EMU_KERNEL_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
-EMU_OWN_fast := -O3 -Wshadow
-EMU_OWN_check := -O3 -Wshadow -DQVL_EMU_CHECK
-EMU_OWN_asan := -O2 -Wshadow -fsanitize=address
-EMU_LINK_fast := -pthread
-EMU_LINK_check := -pthread
-EMU_LINK_asan := -pthread -fsanitize=address,undefined
-
+EMU_OWN_check := -DQVL_EMU_CHECK
+EMU_OWN_asan := -fsanitize=address
+EMU_LINK_asan := -fsanitize=address,undefined
 EMU_PARTS := core memory rt blaslt nccl
-EMU_TEST_PARTS := emu kernels host
-EMU_PARTS_fast := $(EMU_PARTS)
-EMU_PARTS_check := $(EMU_PARTS) check
-EMU_PARTS_asan := $(EMU_PARTS)
-$(foreach k,$(EMU_KINDS),$(eval EMU_OBJ_$k := $(EMU_PARTS_$k:%=$(EMU_FOLDER_$k)/emu_%.o)))
-
-.PHONY: emu-headers check-emu-self
+EMU_PARTS_check := check
+EMU_SO := $(EMU_DIR_fast)/libqvl-cuda.so
+.PHONY: emu-headers
 emu-headers:
 	@for h in cuda_runtime.h cuda_bf16.h crt/host_defines.h cublasLt.h nccl.h; do [ -e $(CUDA_HOME)/include/$$h ] || { \
-		echo "The CUDA emulator needs the CUDA toolkit's headers (no GPU, no driver); $(CUDA_HOME)/include/$$h is missing."; \
-		echo "Install cuda-cudart-dev, cuda-crt, libcublas-dev and libnccl-dev from NVIDIA's Debian repository, or"; \
-		echo "pip download nvidia-cuda-runtime nvidia-cuda-crt nvidia-cublas nvidia-nccl-cu13 and unpack them; then CUDA_HOME=folder."; exit 1; }; done
-
+		echo "The CUDA emulator needs the CUDA toolkit's headers (no GPU, no driver); $(CUDA_HOME)/include/$$h is missing." >&2; \
+		echo "Install cuda-cudart-dev, cuda-crt, libcublas-dev and libnccl-dev from NVIDIA's Debian repository, or set CUDA_HOME." >&2; exit 1; }; done
 define emu_kind
-$(EMU_FOLDER_$1)/emu_%.o: $(EMU_DIR)/emu_%.cpp | emu-headers
+EMU_OBJ_$1 := $$(patsubst %,$(EMU_DIR_$1)/tests/cuda_emu/emu_%.cpp.o,$(EMU_PARTS) $(EMU_PARTS_$1))
+EMU_SELF_$1 := $$(patsubst %,$(B)/emu_self/$1/test_%.o,emu kernels host)
+$(EMU_DIR_$1)/%.cpp.o: %.cpp | emu-headers
 	@mkdir -p $$(@D)
-	$$(SAY) CXX "$$< ($1)"
-	$$(Q)$$(EMU_CXX) $$(EMU_FLAGS) $$(EMU_OWN_$1) -MMD -MP -c $$< -o $$@
-$(EMU_FOLDER_$1)/test_%.o: $(EMU_DIR)/test_%.cpp | emu-headers
+	$$(SAY) EMU "$$< ($1)"
+	$$(Q)$$(EMU_CXX) $$(EMU_FLAGS) $(EMU_OWN_$1) -MMD -MP -c $$< -o $$@
+$(EMU_DIR_$1)/%.cu.o: %.cu | emu-headers
 	@mkdir -p $$(@D)
-	$$(SAY) CXX "$$< ($1)"
-	$$(Q)$$(EMU_CXX) $$(EMU_FLAGS) $$(EMU_KERNEL_$1) -DEMU_KIND='"$1"' -MMD -MP -c $$< -o $$@
-$(EMU_FOLDER_$1)/test_emu: $(EMU_TEST_PARTS:%=$(EMU_FOLDER_$1)/test_%.o) $(EMU_OBJ_$1)
+	$$(SAY) EMU "$$< ($1)"
+	$$(Q)$$(EMU_CXX) -x c++ $$(EMU_FLAGS) $(EMU_KERNEL_$1) -MMD -MP -c $$< -o $$@
+$(EMU_DIR_$1)/libqvl-cuda.so: $$(EMU_OBJ_$1) $(patsubst %,$(EMU_DIR_$1)/%.o,$(CUDA_SRC))
 	$$(SAY) LD $$@
-	$$(Q)$$(EMU_CXX) -o $$@ $$^ $$(EMU_LINK_$1)
+	$$(Q)$$(EMU_CXX) -shared -Wl,--no-undefined -pthread $(EMU_LINK_$1) -o $$@ $$^
+$(B)/emu_self/$1/test_%.o: tests/cuda_emu/test_%.cpp | emu-headers
+	@mkdir -p $$(@D)
+	$$(SAY) EMU "$$< ($1)"
+	$$(Q)$$(EMU_CXX) $$(EMU_FLAGS) $(EMU_KERNEL_$1) -DEMU_KIND='"$1"' -MMD -MP -c $$< -o $$@
+$(B)/emu_self/$1/test_emu: $$(EMU_SELF_$1) $$(EMU_OBJ_$1)
+	$$(SAY) LD $$@
+	$$(Q)$$(EMU_CXX) -pthread $(EMU_LINK_$1) -o $$@ $$^
 endef
 $(foreach k,$(EMU_KINDS),$(eval $(call emu_kind,$k)))
 
-EMU_TESTS := $(foreach k,$(EMU_KINDS),$(EMU_FOLDER_$k)/test_emu)
-check-emu-self: $(EMU_TESTS) ## the CUDA emulator against itself: planted faults in kernels and host code, three builds
-	@for k in $(EMU_KINDS); do case $$k in $(foreach k,$(EMU_KINDS),$k$(close) t=$(EMU_FOLDER_$k)/test_emu;;) esac; $$t $$t.table || exit 1; done
-	@$(EMU_DIR)/table.sh $(EMU_TESTS:%=%.table)
+.PHONY: check-emu-self
+check-emu-self: $(EMU_KINDS:%=$(B)/emu_self/%/test_emu) ## the CUDA emulator against itself: planted faults in small kernels and host code
+	@for k in $(EMU_KINDS); do $(B)/emu_self/$$k/test_emu $(B)/emu_self/$$k.table || exit 1; done
+	@tests/cuda_emu/table.sh $(EMU_KINDS:%=$(B)/emu_self/%.table)
+
+$(B)/tests/ops/cuda_ops: tests/ops/shim.h
+# Everything that shows the backend right without a GPU. The three modes of the op tests run side by side.
+EMU_ENV = QVL_EMU_MEMORY=4294967296 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO)
+.PHONY: check-emu check-emu-ops check-emu-faults check-emu-goldens check-cuda-static
+check-emu: check-emu-faults check-emu-ops check-emu-goldens ## the CUDA backend on the CPU: planted faults, ops, goldens (needs the CUDA toolkit's headers)
+check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops
+	$(PYTHON) tests/cuda_emu/mutants.py $(B) $(EMU_CXX) $(EMU_FLAGS) -w
+EMU_MODES ?= exact deterministic fast
+check-emu-ops: $(EMU_SO) $(B)/tests/ops/cuda_ops
+	@printf '%s\n' $(EMU_MODES) | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(B)/emu/{}.log 2>&1; rc=$$?; cat $(B)/emu/{}.log; exit $$rc'
+# EMU_GOLDENS and EMU_DEVICE choose some of them ("-k ..."): all take half an hour.
+EMU_GOLDENS ?=
+EMU_DEVICE ?=
+check-emu-goldens: all $(EMU_SO)
+	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py tests/python/test_moe.py $(EMU_GOLDENS)
+	$(EMU_ENV) QVL_EMU_ASYNC=lazy QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_device.py $(EMU_DEVICE)
+check-cuda-static: cuda ## registers, stack and instructions of the compiled CUDA kernels against tests/cuda/budgets.json
+	/usr/bin/python3 tests/cuda/static.py --table $(CUDA_OBJ)

@@ -4,12 +4,15 @@
 set -eu
 cd "$(dirname "$0")/../.."
 
-# folder: what it may include, itself aside. device is device.h; nothing but device/cpu itself includes from device/cpu.
+# folder: what it may include, itself aside. device is device.h; nothing but device/cpu itself includes from device/cpu, and
+# device/cuda likewise.
 arrows='
 include:
 base: include
 device: base include
 device/cpu: device base include
+device/cuda: device/cuda/kernels device base include
+device/cuda/kernels: device/cuda device base include
 checkpoint: device base include
 kv: device base include
 sample: checkpoint device base include
@@ -22,7 +25,7 @@ examples/qvl:
 qvl-serve:
 '
 fail=0
-for file in $(find include libqvl qvl-serve examples bindings -name '*.c' -o -name '*.h' -o -name '*.hpp' | LC_ALL=C sort); do
+for file in $(find include libqvl qvl-serve examples bindings -name '*.c' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' | LC_ALL=C sort); do
     dir=$(dirname "$file")
     folder=${dir#libqvl/}
     case $folder in

@@ -69,7 +69,7 @@ async def soak(url, streams, minutes, warm):
 
         async def watch():
             while time.time() < end:
-                await asyncio.sleep(2)
+                await asyncio.sleep(0.25)
                 samples.append((time.time(), await memory(client)))
 
         began = time.time()

@@ -1,4 +1,4 @@
-/* ops_cases.h - the checks of the CPU op table, for whatever levels the including program opens.
+/* ops_cases.h - the checks of the op table, for whatever levels of the CPU or modes of a GPU the including program opens.
  *
  * Job:        every op against a reference in double precision, and every op against itself: alone, batched, chunked,
  *             on 1, 2 and 3 threads, with NaN in all memory that must not matter - the same bits.
@@ -100,9 +100,11 @@ static void check_near(const char *what, const char *level, double got, double w
     if (fabs(got - want) <= bound) return;
     fail_msg("%s at %s: got %.9g, want %.9g, off by %.3g, bound %.3g", what, level, got, want, fabs(got - want), bound);
 }
+/* 0: the same bits. A GPU in its fastest mode does not promise that: then how much the two may differ. */
+static double apart = 0;
 static void check_bits(const char *what, const char *level, const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++)
-        if (memcmp(&a[i], &b[i], 4) != 0) fail_msg("%s at %s: element %zu differs: %.9g and %.9g", what, level, i,
+        if (memcmp(&a[i], &b[i], 4) != 0 && !(fabs((double)a[i] - (double)b[i]) <= apart * (1 + fabs((double)a[i])))) fail_msg("%s at %s: element %zu differs: %.9g and %.9g", what, level, i,
             (double)a[i], (double)b[i]);
 }
 
@@ -240,9 +242,12 @@ static void matmul_case(qvl__device *d, qvl__type type, qvl__epilogue e, int row
     qvl__matrix m = new_matrix(d, type, n, k, gate_up, w);
     d->matmul(d, y, x, rows, &m, with_bias ? bias : NULL, e);
     assert_true(y[(size_t)rows * n_out] == 12345.0f);
-    bool dot = d->bf16_math && type == QVL__BF16;
+    /* Integer matrices: the CPU rounds activations to integers, a GPU to bf16 like all others but F32. */
+    bool dot = d->bf16_math && (type == QVL__BF16 || (!d->host_memory && qvl__type_quantised(type)));
+    /* F16 matrices: to f16, but not at all in deterministic mode. Either is allowed. */
+    double inputs = d->bf16_math && !d->host_memory && type == QVL__F16 ? 0x1p-11 : 0;
     as_stored(d, type, w, n, k);
-    if (qvl__type_quantised(type)) as_integers(x, rows, k);
+    if (qvl__type_quantised(type) && d->host_memory) as_integers(x, rows, k);
     if (dot)
         for (int i = 0; i < rows * k; i++) x[i] = rounded(x[i], QVL__BF16);
     for (int r = 0; r < rows; r++)
@@ -259,11 +264,11 @@ static void matmul_case(qvl__device *d, qvl__type type, qvl__epilogue e, int row
             }
             double old = before[(size_t)r * n_out + c], want = reference_finish(e, v[0], old, v[1]);
             /* the sum's error, passed through a function whose slope is at most 1.13, plus the function's own 1e-6 */
-            double sum = (k + 4) * U * mag[0], bound = sum;
+            double u = (k + 4) * U + inputs, sum = u * mag[0], bound = sum;
             if (e == QVL__EPI_ADD) bound = sum + 2 * U * (fabs(old) + fabs(v[0]));
             if (e == QVL__EPI_GELU_TANH || e == QVL__EPI_GELU_ERF) bound = 1.13 * sum + 1e-6 * fabs(want);
             if (e == QVL__EPI_SWIGLU)
-                bound = 1.13 * sum * fabs(v[1]) + (k + 4) * U * mag[1] * fabs(v[0]) + 1.13 * sum * (k + 4) * U * mag[1] + 1e-6 * fabs(want);
+                bound = 1.13 * sum * fabs(v[1]) + u * mag[1] * fabs(v[0]) + 1.13 * sum * u * mag[1] + 1e-6 * fabs(want);
             check_near("matmul", d->isa, y[(size_t)r * n_out + c], want, bound + 1e-30);
         }
     d->matrix_free(d, &m);
@@ -315,7 +320,7 @@ static void matmul_ends_body(qvl__device *d) {
             }
             x[3 * K + 40] = sign < 0 ? NAN : INFINITY;
             d->matmul(d, y, x, ROWS, &m, NULL, QVL__EPI_NONE);
-            for (int i = 0; i < ROWS * N; i++) assert_int_equal(isnan(y[i]), i / N == 3);
+            for (int i = 0; i < ROWS * N; i++) assert_int_equal(!isfinite(y[i]), i / N == 3);
             d->matrix_free(d, &m);
             w[5 * K + 2] = NAN;
             m = new_matrix(d, matrix_types[t], N, K, false, w);
@@ -329,50 +334,8 @@ static void test_matmul_ends(void **state) {
     each_level(2, false, matmul_ends_body);
 }
 
-/* Scales by search: closer than the largest number's, on numbers as weights have them. */
-static void quantise_body(qvl__device *d) {
-    const struct qvl__kern *kern = qvl__cpu_kern(d);
-    double searched[2] = {0, 0}, plain[2] = {0, 0};
-    for (int group = 0; group < 2000; group++) {
-        float x[QVL__GROUP], top = 0;
-        for (int i = 0; i < QVL__GROUP; i++) {
-            x[i] = 0;
-            for (int j = 0; j < 6; j++) x[i] += random_float() * 0.02f; /* nearly normal */
-            top = fabsf(x[i]) > fabsf(top) ? x[i] : top;
-        }
-        for (int q8 = 0; q8 < 2; q8++) {
-            uint8_t q[QVL__GROUP];
-            uint32_t u = (uint32_t)kern->quantize_weights(q8 ? QVL__Q8 : QVL__Q4, q, x) << 16;
-            float s, p = q8 ? fabsf(top) / 127 : top / -8, zero = q8 ? 128 : 8;
-            memcpy(&s, &u, 4);
-            for (int i = 0; i < QVL__GROUP; i++) {
-                assert_in_range(q[i], q8 ? 1 : 0, q8 ? 255 : 15);
-                double e = (double)x[i] - (double)s * (q[i] - zero), n = rint(x[i] / p);
-                if (!q8 && n > 7) n = 7;
-                searched[q8] += e * e;
-                plain[q8] += ((double)x[i] - n * p) * ((double)x[i] - n * p);
-            }
-        }
-    }
-    if (searched[0] > 0.9 * plain[0]) fail_msg("4 bits: squared error %g, %g without a search", searched[0], plain[0]);
-    if (searched[1] > 1.02 * plain[1]) fail_msg("8 bits: squared error %g, %g with a float scale", searched[1], plain[1]);
-    static const float odd[][2] = {{0, 0}, {1e-42f, 0}, {3e38f, -3e38f}, {1, 1}, {-1, 0}, {1e-30f, -1e-30f}};
-    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++)
-        for (int q8 = 0; q8 < 2; q8++) {
-            float x[QVL__GROUP], s;
-            uint8_t q[QVL__GROUP];
-            for (int j = 0; j < QVL__GROUP; j++) x[j] = odd[i][j % 2];
-            uint32_t u = (uint32_t)kern->quantize_weights(q8 ? QVL__Q8 : QVL__Q4, q, x) << 16;
-            memcpy(&s, &u, 4);
-            for (int j = 0; j < QVL__GROUP; j++)
-                check_near("a group", q8 ? "8 bits" : "4 bits", (double)s * (q[j] - (q8 ? 128 : 8)), x[j], (q8 ? 0.005 : 0.07) * fabs(x[j]) + 1e-38);
-        }
-}
 
-static void test_quantise(void **state) {
-    (void)state;
-    each_level(1, false, quantise_body);
-}
+#include "weights_cases.h"
 
 static void run_matmul(qvl__device *d, float *y, const float *y0, const float *x, int rows, const qvl__matrix *m,
     const float *bias, qvl__epilogue e, int step) {
@@ -563,8 +526,9 @@ static void row_ops_body(qvl__device *d) {
 
     char *p = d->alloc(d, 1000);
     assert_non_null(p);
-    for (int i = 0; i < 1000; i++) assert_int_equal(p[i], 0);
-    char host[10] = "123456789", back[10];
+    char fresh[1000], host[10] = "123456789", back[10];
+    d->get(d, fresh, p, 1000);
+    for (int i = 0; i < 1000; i++) assert_int_equal(fresh[i], 0);
     d->put(d, p + 5, host, 10);
     d->get(d, back, p + 5, 10);
     assert_string_equal(back, host);
@@ -656,7 +620,7 @@ static void free_text(text_case *t) {
 
 /* Both ops over rows [r0, r1) of the case. */
 static void run_text(qvl__device *d, const text_case *t, qvl__kv *kv, float *qkv, float *out, int r0, int r1) {
-    qvl__ragged b = {r1 - r0, t->seq + r0, t->pos + r0, t->table, t->stride};
+    qvl__ragged b = {.rows = r1 - r0, .seq = t->seq + r0, .pos = t->pos + r0, .table = t->table, .stride = t->stride};
     size_t ld = (size_t)(t->heads + 2 * t->kv_heads) * (size_t)t->n, half = (size_t)t->n / 2;
     memcpy(qkv + (size_t)r0 * ld, t->qkv0 + (size_t)r0 * ld, (size_t)(r1 - r0) * ld * sizeof(float));
     d->qk_norm_rope_kv(d, qkv + (size_t)r0 * ld, t->heads, t->q_norm, t->k_norm, 1e-6f, t->cos + (size_t)r0 * half,
@@ -664,7 +628,13 @@ static void run_text(qvl__device *d, const text_case *t, qvl__kv *kv, float *qkv
     d->attention_paged(d, out + (size_t)r0 * (size_t)(t->heads * t->n), qkv + (size_t)r0 * ld, t->heads, kv, 1, &b);
 }
 
-static void poison(qvl__kv *kv) { memset(kv->data, 0xff, kv->block_bytes * (size_t)kv->blocks); } /* NaN, or NaN scales */
+static void poison(qvl__device *d, qvl__kv *kv) { /* NaN, or NaN scales */
+    size_t bytes = kv->block_bytes * (size_t)kv->blocks;
+    void *nan = must(malloc(bytes));
+    memset(nan, 0xff, bytes);
+    d->put(d, kv->data, nan, bytes);
+    free(nan);
+}
 
 /* A key or value as the cache keeps it: I8 in 127 steps to the largest, one scale for all n. */
 static void cached(double *to, const float *x, int n, qvl__type type) {
@@ -673,7 +643,13 @@ static void cached(double *to, const float *x, int n, qvl__type type) {
     for (int i = 0; i < n; i++) to[i] = type == QVL__I8 ? (double)nearbyintf(x[i] * (127.0f / max)) * (double)(max / 127.0f) : rounded(x[i], type);
 }
 
-static void reference_text(const text_case *t, qvl__type type, const float *qkv, const float *out, const char *isa) {
+/* What attention may be off by, for values in -1 .. 1 and scores of a few units. In float: their error, some n u, is the
+ * relative error of each probability. On tensor cores queries, probabilities and what the cache holds are rounded to bf16,
+ * a relative 2^-9 each: a score of a few units moves by up to about 2^-7, and so does each probability. */
+static double attention_bound(const qvl__device *d, int n) { return d->bf16_math && !d->host_memory && n % 8 == 0 ? 1.5e-2 : 1e-5; }
+
+static void reference_text(const qvl__device *d, const text_case *t, qvl__type type, const float *qkv, const float *out) {
+    const char *isa = d->isa;
     int n = t->n, ld = (t->heads + 2 * t->kv_heads) * n;
     double *p = must(malloc((size_t)t->rows * sizeof(double)));
     double *kv = must(malloc((size_t)t->rows * 2 * (size_t)(t->kv_heads * n) * sizeof(double))), error = 0, size = 0;
@@ -712,8 +688,7 @@ static void reference_text(const text_case *t, qvl__type type, const float *qkv,
                     double whole = qkv[token * ld + (t->heads + t->kv_heads + g) * n + c];
                     error += pow(kv[(token * 2 * t->kv_heads + t->kv_heads + g) * n + c] - whole, 2), size += whole * whole;
                 }
-                /* values are in -1 .. 1, scores a few units: their error, some n u, is the relative error of each p */
-                check_near("attention_paged", isa, out[((size_t)r * t->heads + h) * n + c], v, 1e-5);
+                check_near("attention_paged", isa, out[((size_t)r * t->heads + h) * n + c], v, attention_bound(d, n));
             }
         }
     }
@@ -740,26 +715,26 @@ static void paged_body(qvl__device *d) {
             float *qkv = floats(q_size), *out = floats(o_size), *z = floats(o_size);
             qvl__kv kv;
             assert_int_equal(d->kv_new(d, &kv, (qvl__type)type, 2, t.kv_heads, t.n, t.blocks), 0);
-            poison(&kv);
+            poison(d, &kv);
             run_text(d, &t, &kv, qkv, out, 0, t.rows);
-            reference_text(&t, (qvl__type)type, qkv, out, d->isa);
+            reference_text(d, &t, (qvl__type)type, qkv, out);
 
             static const int steps[] = {1, 7, 32, 50};
             for (size_t s = 0; s < sizeof steps / sizeof *steps; s++) { /* chunked prefill; 1 is decoding */
-                poison(&kv);
+                poison(d, &kv);
                 for (int r = 0; r < t.rows; r += steps[s]) run_text(d, &t, &kv, qkv, z, r,
                     r + steps[s] < t.rows ? r + steps[s] : t.rows);
                 check_bits("attention in chunks", d->isa, out, z, o_size);
             }
             for (int k = 0; k < 2; k++) {
-                poison(&kv);
+                poison(d, &kv);
                 run_text(k ? d3 : d1, &t, &kv, qkv, z, 0, t.rows);
                 check_bits(k ? "attention on 3 threads" : "attention on 1 thread", d->isa, out, z, o_size);
             }
             /* each row alone against a full cache: later keys are there, and must not matter */
             fill_nan(z, o_size);
             for (int r = t.rows - 1; r >= 0; r--) {
-                qvl__ragged b = {1, t.seq + r, t.pos + r, t.table, t.stride};
+                qvl__ragged b = {.rows = 1, .seq = t.seq + r, .pos = t.pos + r, .table = t.table, .stride = t.stride};
                 d->attention_paged(d, z + (size_t)r * (size_t)(t.heads * t.n),
                     qkv + (size_t)r * (size_t)((t.heads + 2 * t.kv_heads) * t.n), t.heads, &kv, 1, &b);
             }
@@ -767,14 +742,18 @@ static void paged_body(qvl__device *d) {
             /* all blocks moved elsewhere by copies */
             qvl__kv moved;
             assert_int_equal(d->kv_new(d, &moved, (qvl__type)type, 2, t.kv_heads, t.n, 2 * t.blocks), 0);
-            poison(&moved);
+            poison(d, &moved);
             size_t bytes = kv.block_bytes * (size_t)kv.blocks;
-            memcpy((char *)moved.data + bytes, kv.data, bytes);
+            void *through = must(malloc(bytes));
+            d->get(d, through, kv.data, bytes);
+            d->put(d, (char *)moved.data + bytes, through, bytes);
             for (int i = 0; i < t.blocks; i++) d->kv_copy(d, &moved, t.blocks + (i + 1) % t.blocks, i);
             int32_t *table = must(malloc((size_t)SEQS * (size_t)t.stride * 4));
             for (int i = 0; i < SEQS * t.stride; i++) table[i] = (t.table[i] + t.blocks - 1) % t.blocks;
-            memset((char *)moved.data + bytes, 0xff, bytes);
-            qvl__ragged b = {t.rows, t.seq, t.pos, table, t.stride};
+            memset(through, 0xff, bytes);
+            d->put(d, (char *)moved.data + bytes, through, bytes);
+            free(through);
+            qvl__ragged b = {.rows = t.rows, .seq = t.seq, .pos = t.pos, .table = table, .stride = t.stride};
             d->attention_paged(d, z, qkv, t.heads, &moved, 1, &b);
             check_bits("attention over copied blocks", d->isa, out, z, o_size);
             free(table);
@@ -803,7 +782,7 @@ static void decode_body(qvl__device *d) {
     float *qkv = floats((size_t)t.rows * ld), *out = floats((size_t)t.rows * (size_t)(heads * n));
     qvl__kv kv;
     assert_int_equal(d->kv_new(d, &kv, QVL__BF16, 2, kv_heads, n, t.blocks), 0);
-    poison(&kv);
+    poison(d, &kv);
     run_text(d, &t, &kv, qkv, out, 0, t.rows);
     int32_t seq[SEQS], pos[SEQS];
     float *q = floats(SEQS * ld), *z = floats(SEQS * (size_t)(heads * n));
@@ -812,7 +791,7 @@ static void decode_body(qvl__device *d) {
         seq[s] = s, pos[s] = lengths[s] - 1;
         memcpy(q + (size_t)s * ld, qkv + (size_t)(end - 1) * ld, ld * sizeof(float));
     }
-    qvl__ragged b = {SEQS, seq, pos, t.table, t.stride};
+    qvl__ragged b = {.rows = SEQS, .seq = seq, .pos = pos, .table = t.table, .stride = t.stride};
     d->attention_paged(d, z, q, heads, &kv, 1, &b);
     for (int s = 0, end = 0; s < SEQS; s++) {
         end += lengths[s];
@@ -882,7 +861,7 @@ static void vision_body(qvl__device *d) {
                 for (int k = 0; k < n; k++) {
                     double v = 0;
                     for (int i = 0; i < span; i++) v += p[i] / sum * base[(size_t)i * ld + 2 * heads * n + k];
-                    check_near("attention_full", d->isa, done[(size_t)r * ld + h * n + k], v, 2e-5); /* values in -2 .. 2 */
+                    check_near("attention_full", d->isa, done[(size_t)r * ld + h * n + k], v, 2 * attention_bound(d, n)); /* values in -2 .. 2 */
                 }
             }
         free(p);
@@ -916,7 +895,7 @@ static void refuse_body(qvl__device *d) {
     assert_int_equal(d->kv_new(d, &kv, QVL__F32, 1, 1, 63, 1), QVL_EUNSUPPORTED);
     assert_int_equal(d->kv_new(d, &kv, QVL__F32, 1, 1, 514, 1), QVL_EUNSUPPORTED);
     assert_int_equal(d->kv_new(d, &kv, QVL__F32, 0, 1, 64, 1), QVL_EINVAL);
-    assert_int_equal(d->kv_new(d, &kv, QVL__F32, INT32_MAX, INT32_MAX, 512, INT32_MAX), QVL_ENOMEM);
+    assert_int_equal(d->kv_new(d, &kv, QVL__F32, INT32_MAX, INT32_MAX, 256, INT32_MAX), QVL_ENOMEM);
     assert_null(kv.data);
     d->matrix_free(d, &m); /* freeing what never was is allowed */
     d->kv_free(d, &kv);

@@ -8,6 +8,7 @@ Invariants: nothing but numpy is needed: the references were computed by transfo
 import copy
 import functools
 import json
+import os
 import pathlib
 import struct
 from typing import NamedTuple
@@ -24,6 +25,9 @@ GOLDENS = {"tied": "tiny-dense-tied", "untied": "tiny-dense-untied", "moe": "tin
 if not ((GOLDEN / "checkpoints" / "tiny-moe").exists() and (GOLDEN / "model" / "tiny-moe" / "goldens.safetensors").exists()):
     del GOLDENS["moe"]
 CHECKPOINTS = {"qvl-tiny": TINY, **{name: GOLDEN / "checkpoints" / folder for name, folder in GOLDENS.items()}}
+
+# QVL_TEST_DEVICE=cuda runs the same tests on a GPU, or under emulation (make check-emu, make check-gpu).
+DEVICE = {"device": os.environ["QVL_TEST_DEVICE"]} if "QVL_TEST_DEVICE" in os.environ else {}
 
 _DTYPES = {"F32": np.float32, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "BF16": np.uint16, "F16": np.float16}
 

@@ -27,6 +27,18 @@ PHOTO = image_path("photo_320x240.jpg")
 GREEDY = dict(temperature=0, max_tokens=12, ignore_eos=True)
 
 
+def test_bench_kernels_can_be_stopped():
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        assert 0 < done <= total
+        raise Stop
+
+    with pytest.raises(Stop):
+        qvl.bench_kernels(threads=1, progress=stop)
+
+
 @pytest.fixture(scope="module")
 def model(load):
     return load("tied", dtype="f32")
@@ -49,7 +61,7 @@ def test_options_are_described():
     assert {"device", "dtype", "max_pixels", "kv_blocks", "temperature", "stop", "video_layout", "return_logits"} <= set(found)
     for o in found.values():
         assert o["type"] in ("bool", "int", "float", "string", "json") and o["help"]
-        assert o["scope"] in ("model", "image", "prompt", "engine", "request")
+        assert o["scope"] in ("model", "quantize", "image", "prompt", "engine", "request")
 
 
 def test_every_option_passes_as_a_keyword(model):

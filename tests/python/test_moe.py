@@ -12,7 +12,7 @@ import pytest
 
 import qvl
 from reference import silu, softmax, text_logits
-from support import CHECKPOINTS, drain, raw_safetensors, run, write_safetensors
+from support import CHECKPOINTS, DEVICE, drain, raw_safetensors, run, write_safetensors
 
 EXPERTS, TOP_K, INTER, PLAIN_LAYER = 6, 2, 40, 1
 
@@ -65,7 +65,7 @@ def experts(i, h, lin, w):
 
 
 def test_logits_equal_a_direct_computation(checkpoint, say):
-    m = qvl.Model(checkpoint, dtype="f32")
+    m = qvl.Model(checkpoint, **DEVICE, dtype="f32")
     ids = [int(t) for t in np.random.default_rng(1).integers(0, 4000, 50)]
     want = text_logits(checkpoint, ids, mlp=experts)
     worst = np.abs(m.logits(ids) - want).max()
@@ -74,7 +74,7 @@ def test_logits_equal_a_direct_computation(checkpoint, say):
 
 
 def test_same_bits_in_chunks_and_batches(checkpoint):
-    m = qvl.Model(checkpoint, threads=2)
+    m = qvl.Model(checkpoint, **DEVICE, threads=2, deterministic=True)
     rng = np.random.default_rng(2)
     prompts = [m.prompt([{"role": "user", "content": "word " * int(rng.integers(1, 30))}]) for _ in range(5)]
     sampling = dict(max_tokens=6, temperature=0, ignore_eos=True, return_logits=True)

@@ -14,6 +14,7 @@ from support import CHECKPOINTS, GOLDENS, TINY, golden_prompt, manifest, raw_saf
 from test_moe import checkpoint as moe  # noqa: F401: a fixture
 
 FILE = "qvl.safetensors"
+SHAPES = TINY.parents[1] / "images" / "shapes.png"
 METADATA = {"format": "qvl-packed-1", "weights": "int4"}
 
 
@@ -79,8 +80,47 @@ def test_file_is_as_documented(packed):
     assert all(m["error"] == 0 for m in packed("qvl-tiny", "auto")[1]["matrices"])
 
 
+def mixed_types(report):
+    return {m["name"].rsplit(".", 1)[1] for m in report["matrices"]}
+
+
+def test_mixed(tmp_path):
+    reports = {}
+    for bits in (4.6, 6, 8, 16):
+        reports[bits] = r = qvl.quantize(TINY, tmp_path / str(bits), bits=bits, threads=2)
+        mean = 8 * sum(m["bytes"] for m in r["matrices"]) / sum(m["weights"] for m in r["matrices"])
+        assert bits - 0.15 < mean <= bits and r["bits"] == pytest.approx(mean, rel=1e-3)
+        model = qvl.Model(tmp_path / str(bits))
+        assert model.info["weight_dtype"] == r["dtype"] and "red star" in model.chat(user("What do you see?", SHAPES), temperature=0).text
+    assert mixed_types(reports[6]) >= {"int4", "int8"} and mixed_types(reports[16]) == {"bf16"}
+    assert reports[4.6]["dtype"] == "int4" and reports[16]["dtype"] == "bf16"
+    qvl.quantize(TINY, tmp_path / "one", bits=6, threads=1)
+    assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "6" / FILE).read_bytes()
+
+
+def test_mixed_by_conversations(tmp_path, moe):  # noqa: F811
+    talk = [[{"role": "user", "content": "What do you see?"}], [{"role": "user", "content": [{"type": "text", "text": "two"}]}]]
+    r = qvl.quantize(TINY, tmp_path / "a", bits=6, calibration=talk)
+    assert mixed_types(r) >= {"int4", "int8"} and r["bits"] <= 6
+    r = qvl.quantize(moe, tmp_path / "b", bits=7, calibration=talk)
+    experts = {m["name"].rsplit(".", 1)[1] for m in r["matrices"] if ".experts." in m["name"]}
+    assert len(experts) > 1
+    ids = list(range(5, 60))
+    assert np.isfinite(qvl.Model(tmp_path / "b").logits(ids)).all()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"bits": 6, "dtype": "int4"}, "leave out dtype"), ({"bits": 4}, "less than int4 takes"), ({"bits": 17}, "out of range"),
+    ({"bits": 6, "calibration": []}, "not an array of conversations"), ({"bits": 6, "calibration": [[], 5]}, "conversation 0"),
+])
+def test_mixed_refusals(tmp_path, options, message):
+    with pytest.raises(qvl.Error, match=message):
+        qvl.quantize(TINY, tmp_path, **options)
+    assert not list(tmp_path.glob("qvl.safetensors*"))
+
+
 def test_it_answers(packed):
-    answer = qvl.Model(packed("qvl-tiny", "int4")[0]).chat(user("What do you see?", TINY.parents[1] / "images" / "shapes.png"), temperature=0)
+    answer = qvl.Model(packed("qvl-tiny", "int4")[0]).chat(user("What do you see?", SHAPES), temperature=0)
     assert "red star" in answer.text
 
 

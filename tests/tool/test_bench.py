@@ -73,6 +73,26 @@ def test_table():
         assert low <= median <= high
 
 
+def test_kernels():
+    p = qvl("bench", "--kernels", "--json", "-t", "1")
+    assert p.returncode == 0 and p.stderr == "", p.stderr
+    out = json.loads(p.stdout)
+    limits = out["limits"]
+    assert set(limits) == {"read_gb_s", "f32_gop_s", "bf16_gop_s", "int8_gop_s", "int4_gop_s"} and all(v > 0 for v in limits.values())
+    assert out["device"] == "cpu" and out["threads"] == 1
+    kernels = {(k["kernel"], k["type"], k["rows"]): k for k in out["kernels"]}
+    assert len(kernels) == len(out["kernels"]) == 25
+    assert {k for k, _, _ in kernels} == {"matmul", "attention_paged", "attention_full", "rms_norm", "layer_norm", "quantize_rows", "pack_weights"}
+    for k in kernels.values():  # the limit that binds is the one that needs longer, and caches help only what streams
+        memory, arithmetic = k["gb_s"] / limits["read_gb_s"], k["gop_s"] / limits["f32_gop_s"]
+        assert k["ms"] > 0 and 0 < k["percent"] < 1000 and k["bound"] in ("memory", "arithmetic"), k
+        if k["type"] == "f32":
+            assert k["bound"] == ("memory" if memory >= arithmetic else "arithmetic")
+            assert k["percent"] == pytest.approx(100 * max(memory, arithmetic), rel=0.02)
+    assert kernels["matmul", "int4", 1]["bound"] == "memory" and kernels["matmul", "f32", 512]["bound"] == "arithmetic"
+    assert qvl("bench", "--kernels", "--prefill", "5").returncode == 2
+
+
 def test_interrupt():
     p = subprocess.Popen([str(QVL), "bench", "--decode", "3500", "--repeat", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     time.sleep(1)  # loaded or loading: both must end

@@ -61,7 +61,7 @@ def test_help_lists_library_options():
     for name, scope, span, default in library_options():
         flag = "--" + name.replace("_", "-")
         assert f"  {flag}" in everything
-        silent = name.startswith("video_") or name in ("max_requests", "return_logits", "n", "priority", "step_ms", "embedding_cache",
+        silent = scope == "quantize" or name.startswith("video_") or name in ("max_requests", "return_logits", "n", "priority", "step_ms", "embedding_cache",
                                                         "prompt_logprobs")
         assert (f"{flag} " in text["describe"] or f"{flag}," in text["describe"]) != silent, name
         line = next((line for line in text["describe"].splitlines() if f"{flag} " in line), "")
@@ -269,6 +269,8 @@ def test_quantize(tmp_path):
     assert again.returncode == 1 and again.stdout == "" and "exists" in again.stderr
     report = json.loads(qvl("quantize", "--json", "--dtype", "int8", str(tmp_path / "int8")).stdout)
     assert report["dtype"] == "int8" and {"name", "weights", "bytes", "error"} == set(report["matrices"][0])
+    mixed = json.loads(qvl("quantize", "--json", "--bits", "6", str(tmp_path / "mixed")).stdout)
+    assert 5.8 < mixed["bits"] <= 6
     assert qvl("quantize").returncode == 2 and qvl("quantize", "a", "b").returncode == 2
 
 

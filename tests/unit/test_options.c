@@ -51,7 +51,7 @@ static void table_is_sound(void **state) {
         assert_true(*o.name && *o.help && isalpha((unsigned char)*o.name));
         for (const char *p = o.name; *p; p++) assert_true(islower((unsigned char)*p) || isdigit((unsigned char)*p) || *p == '_');
         assert_non_null(strstr(" bool int float string json ", o.type));
-        assert_non_null(strstr(" model image prompt engine request ", o.scope));
+        assert_non_null(strstr(" model quantize image prompt engine request ", o.scope));
         assert_null(strchr(o.help, '\n'));
         info other;
         for (int k = 0; k < n; k++) assert_true(at(k, &other) && strcmp(other.name, o.name) != 0);

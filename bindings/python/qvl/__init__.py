@@ -13,9 +13,9 @@ everything else on it may be called from any. Objects may be dropped in any orde
 from ._lib import Error, lib as _library, options
 from .engine import Engine, Event, EventError
 from .image import Embedding, Image
-from .model import Completion, Model, Prompt, Stream, TokenLogprob, Tokenizer, quantize
+from .model import Completion, Model, Prompt, Stream, TokenLogprob, Tokenizer, bench_kernels, quantize
 
 __version__: str = _library.qvl_version().decode()
 
 __all__ = ["Completion", "Embedding", "Engine", "Error", "Event", "EventError", "Image", "Model", "Prompt", "Stream",
-           "TokenLogprob", "Tokenizer", "options", "quantize"]
+           "TokenLogprob", "Tokenizer", "bench_kernels", "options", "quantize"]

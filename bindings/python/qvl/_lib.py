@@ -37,6 +37,7 @@ _PROTOTYPES: Dict[str, tuple] = {
     "qvl_model_free": (None, P),
     "qvl_model_info": (I, P, C.POINTER(P)),
     "qvl_quantize": (I, S, S, P, C.POINTER(P)),
+    "qvl_bench_kernels": (I, P, C.POINTER(P)),
     "qvl_model_tokenizer": (P, P),
     "qvl_tokenizer_load": (I, C.POINTER(P), S),
     "qvl_tokenizer_free": (None, P),

@@ -207,20 +207,40 @@ def _path(path: Union[str, os.PathLike]) -> bytes:
     return text_bytes(given, "path") if isinstance(given, str) else given
 
 
-def quantize(path: Union[str, os.PathLike], out: Union[str, os.PathLike], dtype: str = "int4", threads: int = 0,
-             progress: Optional[Callable[[int, int], Any]] = None) -> Dict[str, Any]:
-    """Writes the directory out: the model at path with weights of dtype ("int4", "int8", "bf16", "f32" or "auto": as stored),
-    laid out so that Model(out) only maps them. Returns the report: dtype, bytes, and for each of the matrices its name,
-    weights, bytes and relative error. `progress(done, total)` as for Model. Raises Error."""
+def _report(given: Dict[str, Any], progress: Optional[Callable[[int, int], Any]], call: Callable[..., int]) -> Dict[str, Any]:
+    """What call(options, out) reports as JSON; an exception of progress stops it."""
     text = C.c_void_p()
-    with Options({"dtype": dtype, "threads": threads}, progress or (lambda done, total: None)) as o:
-        rc = lib.qvl_quantize(_path(path), _path(out), o, C.byref(text))
+    with Options(given, progress or (lambda done, total: None)) as o:
+        rc = call(o, C.byref(text))
         if o.failure is not None:
             if rc >= 0:
                 take_text(text)
             raise o.failure
         check(rc)
     return json.loads(take_text(text))
+
+
+def quantize(path: Union[str, os.PathLike], out: Union[str, os.PathLike], dtype: Optional[str] = None, threads: int = 0,
+             progress: Optional[Callable[[int, int], Any]] = None, bits: float = 0, calibration: Optional[list] = None, **options: Any) -> Dict[str, Any]:
+    """Writes the directory out: the model at path with weights of dtype ("int4", the default, "int8", "bf16", "f32" or "auto": as
+    stored), laid out so that Model(out) only maps them. With bits, a mean for each weight, every matrix becomes int4, int8 or bf16, where
+    they are worth most to the model's answers to calibration (conversations; None: some of the library's own). Returns
+    the report: dtype, bytes, bits, and for each of the matrices its name, weights, bytes and relative error.
+    `progress(done, total)` as for Model. Raises Error."""
+    given: Dict[str, Any] = {"threads": threads, **options}
+    if bits:
+        given["bits"] = bits
+    if dtype is not None or not bits:
+        given["dtype"] = dtype or "int4"
+    if calibration is not None:
+        given["calibration"] = calibration
+    return _report(given, progress, lambda o, text: lib.qvl_quantize(_path(path), _path(out), o, text))
+
+
+def bench_kernels(dtype: str = "auto", threads: int = 0, progress: Optional[Callable[[int, int], Any]] = None) -> Dict[str, Any]:
+    """Times the CPU's kernels one by one, about ten seconds: device, isa, threads, limits (GB/s read, GOP/s for each type) and
+    kernels, each with its kernel, type, rows, ms, gb_s, gop_s, bound ("memory" or "arithmetic") and percent of that limit."""
+    return _report({"dtype": dtype, "threads": threads}, progress, lib.qvl_bench_kernels)
 
 
 class Model(Handle):

@@ -122,7 +122,7 @@ static void plan_packing(job *j) {
     j->form = qvl__type_quantised(w->type) ? INTS : j->d->bf16_math && w->type == QVL__BF16 ? PAIRS : FLOATS;
     /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
     j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;
-    j->block = j->form == INTS ? 4 * QVL__GEMM_K : w->type == QVL__F32 || j->widen ? QVL__GEMM_K : 2 * QVL__GEMM_K;
+    j->block = w->type == QVL__F32 || j->widen ? QVL__GEMM_K : 2 * QVL__GEMM_K;
     if (!many) j->block = qvl__div_up(w->k, QVL__GROUP) * QVL__GROUP; /* all of it */
     size_t one = j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : 1;
     j->scales = (size_t)j->block * one;
@@ -140,7 +140,7 @@ static void matmul_rows(job *j) {
     j->row_blocks = qvl__div_up(rows, j->block_rows);
 
     /* Panels of a task: as many as the accumulators allow, few enough that every thread gets several tasks, and a
-     * multiple of 8 (the widest tile) where the matrix is large. */
+     * multiple of 8 (two tiles of the widest) where the matrix is large. */
     int most = QVL__GEMM_ACC_FLOATS / QVL__PANEL / j->block_rows;
     int64_t tasks = (int64_t)threads * 4;
     int64_t want = ((int64_t)j->panels * j->row_blocks + tasks - 1) / tasks;

@@ -20,6 +20,8 @@
 #endif
 #if HAVE_INT && !HAVE_VNNI && !defined(QVL__SIMD_EMULATE)
 #define INT_PAIRS 1 /* sums in halves of lanes */
+#else
+#define INT_PAIRS 0
 #endif
 
 #if HAVE_INT && !defined(QVL__SIMD_EMULATE)
@@ -63,14 +65,21 @@ INLINE vint int_total(const int q8, const isum *s) {
 #endif
 
 #define AHEAD 1024 /* bytes */
+#define INT_HELD (W == 16) /* 32 registers hold the float sums of a tile beside its integer ones */
 
 /* mr rows by nv vectors from vector v0 of the panels on. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
                      size_t bs, int all_groups, int g0, int groups) {
     const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    vf sum[6][4]; /* INT_HELD: in registers all the time */
+#pragma GCC unroll 6
+    for (int i = 0; INT_HELD && i < mr; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) sum[i][j] = vload(c + (size_t)i * ldc + (v0 + j) * W);
     for (int g = 0; g < groups; g++) {
-        /* One row: weights stream from memory, and what the hardware fetches ahead ends with the page. */
-        for (int j = 0; mr == 1 && j < nv; j++) {
+        /* One row: weights stream from memory. Where a group takes long, the hardware looks ahead less far than memory is away;
+         * with VNNI it does not, and asking for lines would only delay others. */
+        for (int j = 0; !HAVE_VNNI && mr == 1 && j < nv; j++) {
             const char *ahead = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * body / VP + AHEAD;
             for (size_t i = 0; i < body / VP; i += 64) __builtin_prefetch(ahead + i);
         }
@@ -107,10 +116,16 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 #pragma GCC unroll 6
             for (int i = 0; i < mr; i++) {
                 float *to = c + (size_t)i * ldc + (v0 + j) * W;
-                vstore(to, vfma(vint_float(int_total(q8, &s[i][j])), vmul(scale, vset(by[(size_t)i * (a->stride / 4)])), vload(to)));
+                vf more = vint_float(int_total(q8, &s[i][j])), times = vmul(scale, vset(by[(size_t)i * (a->stride / 4)]));
+                if (INT_HELD) sum[i][j] = vfma(more, times, sum[i][j]);
+                else vstore(to, vfma(more, times, vload(to)));
             }
         }
     }
+#pragma GCC unroll 6
+    for (int i = 0; INT_HELD && i < mr; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++) vstore(c + (size_t)i * ldc + (v0 + j) * W, sum[i][j]);
 }
 #else
 /* The same in plain C. */
@@ -152,8 +167,8 @@ typedef void int_fn(float *c, size_t ldc, const qvl__ints *a, int row, const cha
         const int nv = INT_WIDTH(Q, NV);                                                                                       \
         for (int v = 0; v < NP * VP; v += nv) int_tile(Q == 8, M, v, nv, c, ldc, a, row, b, bs, all_groups, g0, groups);        \
     }
-#if INT_PAIRS && W == 8 /* 16 registers, and Q8 takes two for each sum */
-#define INT_WIDTH(Q, NV) (Q == 8 && NV > 1 ? NV / 2 : NV)
+#if INT_PAIRS /* Q8 takes two registers for each sum, of which there are 16 or 32 */
+#define INT_WIDTH(Q, NV) (Q == 8 && NV > 1 && NV > W / 8 ? NV / 2 : NV)
 #else
 #define INT_WIDTH(Q, NV) NV
 #endif
@@ -164,14 +179,14 @@ INT_TILES(1, INT_NP1, INT_NV1)
 INT_TILES(2, INT_NP, INT_NV)
 INT_TILES(3, INT_NP, INT_NV)
 INT_TILES(4, INT_NP, INT_NV)
-#if INT_MR == 6
+#if INT_MR > 4
 INT_TILES(5, INT_NP, INT_NV)
 INT_TILES(6, INT_NP, INT_NV)
 #endif
 #define INT_ENTRY(M) [0][M] = {int_4_##M##_wide, int_4_##M##_one}, [1][M] = {int_8_##M##_wide, int_8_##M##_one}
 static int_fn *const int_tiles[2][INT_MR + 1][2] = {
     INT_ENTRY(1), INT_ENTRY(2), INT_ENTRY(3), INT_ENTRY(4),
-#if INT_MR == 6
+#if INT_MR > 4
     INT_ENTRY(5), INT_ENTRY(6),
 #endif
 };
@@ -220,85 +235,88 @@ static void quantize_rows(qvl__type type, int8_t *q, float *scale, int32_t *star
  *
  * Q8 spans -127..127: the largest number sets the scale, and rounding that to bf16 is the only freedom. Q4 spans -8..7, where
  * the choice matters: candidates let the largest number (with either sign) fall on 8.75 .. 5.75 steps, and for the integers
- * that come out the best scale is known, sum(x q) / sum(q q). Always eight lanes, so that a weight becomes the same integers
- * at every level. */
+ * that come out the best scale is known, sum(x q) / sum(q q). A lane is a column, and its operations are the same at every
+ * level (no product is fused with a sum that it could round), so that a weight becomes the same integers everywhere. */
 
-#define LANES 8
-#define PARTS (QVL__GROUP / LANES)
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t masks __attribute__((vector_size(4 * LANES), may_alias));
+/* x to the nearest integer (even at a tie) of steps of 1 / inverse, within lo..hi. */
+INLINE vf int_round(vf x, vf inverse, vf lo, vf hi) { return vround(vmin(vmax(vmul(x, inverse), lo), hi)); }
 
-/* Macros: on a level without AVX a function with such an argument has no good ABI. */
-#define SUM(a) (((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])))
-#define PICK(m, a, b) ((lanes)(((m) & (masks)(a)) | (~(m) & (masks)(b))))
+/* 1 / scale, and 0 for a scale of 0. */
+INLINE vf int_inverse(vf scale) { return vif_lt(vzero(), vabs(scale), vdiv(vset(1.0f), scale), vzero()); }
 
-INLINE float from_bf16(uint16_t h) {
-    uint32_t u = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
+/* sum(x q) / sum(q q), rounded to bf16, into *scale; returns the squared error that it leaves, less the sum of squares of x.
+ * The products with x are added up by k % 8, then in pairs; those of integers are exact in any order. */
+INLINE vf int_try(const bool clamp, const float (*x)[W], vf inverse, vf lo, vf hi, vf *scale) {
+    vf a[8], qq[2] = {vzero(), vzero()};
+#pragma GCC unroll 8
+    for (int l = 0; l < 8; l++) a[l] = vzero();
+    for (int k = 0; k < QVL__GROUP; k += 8)
+#pragma GCC unroll 8
+        for (int l = 0; l < 8; l++) {
+            vf v = vload(x[k + l]), q = clamp ? int_round(v, inverse, lo, hi) : vround(vmul(v, inverse));
+            a[l] = vadd(a[l], vmul(v, q));
+            qq[l % 2] = vfma(q, q, qq[l % 2]);
+        }
+    vf even = vadd(vadd(a[0], a[4]), vadd(a[2], a[6])), odd = vadd(vadd(a[1], a[5]), vadd(a[3], a[7]));
+    vf xq = vadd(even, odd), square = vadd(qq[0], qq[1]);
+    *scale = vbf16(vdiv(xq, square)); /* a lane of zeros: NaN, which is no lower than anything */
+    return vmul(*scale, vsub(vmul(*scale, square), vmul(vset(2.0f), xq)));
 }
 
-/* x / scale to the nearest integer (even at a tie) within lo..hi. */
-INLINE void round_all(lanes *q, const lanes *x, float scale, float lo, float hi) {
-    float inverse = scale != 0 ? 1.0f / scale : 0;
-    if (!isfinite(inverse)) inverse = 0;
-    for (int i = 0; i < PARTS; i++) {
-        lanes t = x[i] * inverse;
-        t = PICK(t < lo, (lanes){0} + lo, t);
-        t = PICK(t > hi, (lanes){0} + hi, t);
-        q[i] = (t + 12582912.0f) - 12582912.0f;
-    }
-}
-
-/* Squared error, less the sum of squares of x, of integers q with scale s. */
-INLINE float error_of(float xq, float qq, float s) { return s * (s * qq - 2 * xq); }
-
-INLINE void sums(const lanes *x, const lanes *q, float *xq, float *qq) {
-    lanes a = {0}, b = {0};
-    for (int i = 0; i < PARTS; i++) {
-        a += x[i] * q[i];
-        b += q[i] * q[i];
-    }
-    *xq = SUM(a);
-    *qq = SUM(b);
-}
-
-static uint16_t quantize_weights(qvl__type type, uint8_t *out, const float *from) {
-    lanes x[PARTS], q[PARTS], check = {0};
-    memcpy(x, from, sizeof x);
-    float top = 0;
-    for (int i = 0; i < PARTS; i++) check += x[i] * 0.0f;
-    for (int i = 0; i < QVL__GROUP; i++) top = fabsf(from[i]) > fabsf(top) ? from[i] : top;
-    int zero = type == QVL__Q8 ? 128 : 8;
-    if (SUM(check) != 0 || top == 0) {
-        memset(out, zero, QVL__GROUP);
-        return SUM(check) != 0 ? 0x7fc0 : 0;
+/* W columns of a group, [QVL__GROUP][PANEL] at from. */
+INLINE void quantize_columns(const int q8, uint8_t *out, uint16_t *scales, const float *from) {
+    float x[QVL__GROUP][W], up[W], down[W];
+    vf check = vzero(), top = vzero();
+    for (int k = 0; k < QVL__GROUP; k++) check = vfma(vload(from + k * PANEL), vzero(), check); /* NaN where one is not finite */
+    for (int k = 0; k < QVL__GROUP; k++) {
+        vf v = vif_lt(check, vset(1.0f), vload(from + k * PANEL), vzero());
+        vstore(x[k], v);
+        top = vif_lt(vabs(top), vabs(v), v, top);
     }
     /* The search sees numbers near 1, whose squares are floats; a power of two brings them there and back exactly. */
-    uint32_t e;
-    float up, down;
-    memcpy(&e, &top, 4);
-    e = e >> 23 & 255;
-    e = e < 1 ? 1 : e > 253 ? 253 : e;
-    uint32_t up_bits = (254 - e) << 23, down_bits = e << 23;
-    memcpy(&up, &up_bits, 4);
-    memcpy(&down, &down_bits, 4);
-    for (int i = 0; i < PARTS; i++) x[i] *= up;
-    top *= up;
-    float lo = type == QVL__Q8 ? -127 : -8, hi = type == QVL__Q8 ? 127 : 7, best = 0, scale = 0;
-    int candidates = type == QVL__Q8 ? 3 : 24;
-    for (int c = 0; c < candidates; c++) {
-        float steps = type == QVL__Q8 ? 127.0f - 0.5f * (float)c : (c & 1 ? 1.0f : -1.0f) * (8.75f - 0.25f * (float)(c / 2));
-        float xq, qq;
-        round_all(q, x, top / steps, lo, hi);
-        sums(x, q, &xq, &qq);
-        float s = from_bf16(to_bf16(xq / qq)), error = error_of(xq, qq, s); /* qq > 0: the largest is 5 steps or more */
-        if (error < best) best = error, scale = s;
+    vstore(up, top);
+    for (int j = 0; j < W; j++) {
+        uint32_t e;
+        memcpy(&e, &up[j], 4);
+        e = e >> 23 & 255;
+        e = e < 1 ? 1 : e > 253 ? 253 : e;
+        uint32_t up_bits = (254 - e) << 23, down_bits = e << 23;
+        memcpy(&up[j], &up_bits, 4);
+        memcpy(&down[j], &down_bits, 4);
     }
-    round_all(q, x, scale, lo, hi);
-    for (int i = 0; i < QVL__GROUP; i++) out[i] = (uint8_t)((int)q[i / LANES][i % LANES] + zero);
-    return to_bf16(scale * down);
+    for (int k = 0; k < QVL__GROUP; k++) vstore(x[k], vmul(vload(x[k]), vload(up)));
+    top = vmul(top, vload(up));
+    vf lo = vset(q8 ? -127 : -8), hi = vset(q8 ? 127 : 7), best = vzero(), scale = vzero();
+    for (int c = 0; c < (q8 ? 3 : 24); c++) {
+        float steps = q8 ? 127.0f - 0.5f * (float)c : (c & 1 ? 1.0f : -1.0f) * (8.75f - 0.25f * (float)(c / 2));
+        /* Up to 7.25 steps (Q8: always) no number leaves the range; then the other sign gives the same error, and came first. */
+        bool inside = q8 || fabsf(steps) <= 7.25f;
+        if (!q8 && inside && c & 1) continue;
+        vf inverse = int_inverse(vdiv(top, vset(steps))), s, error = inside ? int_try(false, x, inverse, lo, hi, &s) : int_try(true, x, inverse, lo, hi, &s);
+        scale = vif_lt(error, best, s, scale);
+        best = vif_lt(error, best, error, best);
+    }
+    /* Bytes of four neighbours in k share 32 bits (panel.c). */
+    vf inverse = int_inverse(scale), zero = vset(q8 ? 128 : 8);
+    for (int k = 0; k < QVL__GROUP / (q8 ? 1 : 2); k += 4) {
+        vf q[4];
+        for (int l = 0; l < 4; l++) {
+            q[l] = vadd(int_round(vload(x[k + l]), inverse, lo, hi), zero);
+            if (!q8) q[l] = vadd(q[l], vmul(vadd(int_round(vload(x[k + l + 16]), inverse, lo, hi), zero), vset(16.0f)));
+        }
+        vstore_bytes(out + k * PANEL, q[0], q[1], q[2], q[3]);
+    }
+    float bad[W];
+    vstore(bad, check);
+    vstore(up, scale);
+    for (int j = 0; j < W; j++) scales[j] = bad[j] == 0 ? to_bf16(up[j] * down[j]) : 0x7fc0;
+}
+
+static void quantize_weights(qvl__type type, uint8_t *out, uint16_t *scales, const float *from) {
+    for (int j = 0; j < PANEL; j += W) {
+        if (type == QVL__Q8) quantize_columns(1, out + 4 * j, scales + j, from + j);
+        else quantize_columns(0, out + 4 * j, scales + j, from + j);
+    }
 }
 
 #endif

@@ -21,7 +21,7 @@ typedef void tile_fn(float *c, size_t ldc, const float *a, size_t lda, const cha
 /* mr rows by np panels; all three of type, mr, np are constants after inlining, so acc lives in registers. */
 INLINE void tile(const int type, const int mr, const int np, float *c, size_t ldc, const float *a, size_t lda, const char *b,
                  size_t bs, int k, bool resume) {
-    vf acc[6][8 * VP];
+    vf acc[6][4 * VP];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -29,13 +29,13 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
 
     if (type == QVL__BF16) {
         for (int p = 0; p + 1 < k; p += 2) {
-            vu w[8 * VP];
+            vu w[4 * VP];
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++)
                 w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)(j / VP) * bs) + (size_t)p * PANEL + j % VP * 2 * W);
 #pragma GCC unroll 2
             for (int odd = 0; odd < 2; odd++) {
-                vf x[8 * VP];
+                vf x[4 * VP];
 #pragma GCC unroll 8
                 for (int j = 0; j < np * VP; j++) x[j] = odd ? vpair_odd(w[j]) : vpair_even(w[j]);
 #pragma GCC unroll 8
@@ -57,7 +57,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
         }
     } else {
         for (int p = 0; p < k; p++) {
-            vf x[8 * VP];
+            vf x[4 * VP];
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++) {
                 const char *q = b + (size_t)(j / VP) * bs;
@@ -88,7 +88,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
 #define TILES(M, N) TILE(F32, M, N) TILE(BF16, M, N) TILE(F16, M, N) TILE(I8, M, N)
 /* The widths a row count comes in: its own and the halves of it, for the panels that are left over. */
 #if W == 16
-#define WIDTHS1(X) X(1, 8) X(1, 4) X(1, 2) X(1, 1)
+#define WIDTHS1(X) X(1, 4) X(1, 2) X(1, 1)
 #define WIDTHS2(X, M) X(M, 4) X(M, 2) X(M, 1)
 #define WIDTHS4(X, M) X(M, 4) X(M, 2) X(M, 1)
 #elif W == 8
@@ -112,7 +112,7 @@ ALL_WIDTHS(TILES)
     [QVL__BF16][M][N] = tile_BF16_##M##_##N, \
     [QVL__F16][M][N] = tile_F16_##M##_##N,   \
     [QVL__I8][M][N] = tile_I8_##M##_##N,
-static tile_fn *const tiles[4][MR + 1][9] = {ALL_WIDTHS(ENTRY)};
+static tile_fn *const tiles[4][MR + 1][5] = {ALL_WIDTHS(ENTRY)};
 
 static int widest(int mr) { return mr == 1 ? NP1 : mr <= 3 ? NP2 : NP4; }
 
@@ -141,13 +141,13 @@ static void gemm(qvl__type type, float *c, size_t ldc, const float *a, size_t ld
 #if HAVE_DOT
 INLINE void dot_tile(const int mr, const int np, float *c, size_t ldc, const uint32_t *a, size_t lda, const char *b, size_t bs,
                      int pairs, bool resume) {
-    vf acc[6][8];
+    vf acc[6][4];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) acc[i][j] = resume ? vload(c + (size_t)i * ldc + j * W) : vzero();
     for (int p = 0; p < pairs; p++) {
-        vu w[8];
+        vu w[4];
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)j * bs) + (size_t)p * 2 * PANEL);
 #pragma GCC unroll 8
@@ -169,7 +169,7 @@ typedef void dot_fn(float *c, size_t ldc, const uint32_t *a, size_t lda, const c
     }
 ALL_WIDTHS(DOT)
 #define DOT_ENTRY(M, N) [M][N] = dot_##M##_##N,
-static dot_fn *const dots[MR + 1][9] = {ALL_WIDTHS(DOT_ENTRY)};
+static dot_fn *const dots[MR + 1][5] = {ALL_WIDTHS(DOT_ENTRY)};
 
 static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume) {
@@ -228,7 +228,7 @@ INLINE float quantize_sum(int8_t *dst, const float *src, int n, int32_t *total) 
     for (int i = whole; i < n; i++) tail[i - whole] = src[i];
     for (int i = 0; i < n; i += W) {
         vf x = vload(i < whole ? src + i : tail);
-        top = vmax(vmax(x, vsub(vzero(), x)), top);
+        top = vmax(vabs(x), top);
         zero = vfma(x, vzero(), zero);
     }
     float max = vmax_lanes(top);
@@ -298,7 +298,7 @@ INLINE vf vgelu_tanh(vf x) {
  * polynomial over z = 0..10 (relative error 7e-9), and past 10 the exponential is 0. The tail of negative x keeps its
  * relative accuracy (about 1e-6 at x = -5, where the rounding of z^2 weighs most). */
 INLINE vf vgelu_erf(vf x) {
-    vf z = vmul(vmax(x, vsub(vzero(), x)), vset(0.70710678f));
+    vf z = vmul(vabs(x), vset(0.70710678f));
     vf t = vdiv(vset(1.0f), vfma(z, vset(0.35f), vset(1.0f)));
     vf p = vset(3.840129066e-2f);
     p = vfma(p, t, vset(-1.589296495e-1f));
@@ -472,6 +472,79 @@ static void axpy(float *y, const float *x, float a, int n) {
     for (; i < n; i++) y[i] += a * x[i];
 }
 
+/* ---- the yardstick of roofline.c ---- */
+
+/* CHAINS chains hide an instruction's latency, and 16 registers hold them. */
+#define CHAINS 12
+#if defined(QVL__ISA_generic) || defined(QVL__SIMD_EMULATE)
+#define HOLD(x) (void)(x)
+#else
+#define HOLD(x) KEEP(x)
+#endif
+
+static uint64_t peak_float(int rounds) {
+    vf s[CHAINS], x = vset(0.5f), y = vset(0.25f);
+    for (int j = 0; j < CHAINS; j++) s[j] = vset((float)j);
+    for (int i = 0; i < rounds; i++) {
+        HOLD(y);
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) s[j] = vfma(s[j], x, y);
+    }
+    volatile float sink = 0;
+    for (int j = 0; j < CHAINS; j++) sink += vsum(s[j]);
+    return CHAINS * W * 2;
+}
+
+#if HAVE_DOT
+static uint64_t peak_dot(int rounds) {
+    vf s[CHAINS];
+    vu y = vload_pairs((const uint16_t[2 * W]){0x3c00});
+    for (int j = 0; j < CHAINS; j++) s[j] = vset((float)j);
+    for (int i = 0; i < rounds; i++) {
+        HOLD(y);
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) s[j] = vdot_pairs(s[j], 0x3c003c00, y);
+    }
+    volatile float sink = 0;
+    for (int j = 0; j < CHAINS; j++) sink += vsum(s[j]);
+    return CHAINS * W * 4;
+}
+#endif
+
+#if HAVE_INT && !defined(QVL__SIMD_EMULATE)
+/* What int_step does for each load of activations. */
+static uint64_t peak_int(const bool q8, int rounds) {
+    vint s[CHAINS], x = vint_set(0x01020304), y = vint_set(0x04030201);
+    for (int j = 0; j < CHAINS; j++) s[j] = vint_set(j);
+    for (int i = 0; i < rounds; i++) {
+        HOLD(y);
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) {
+#if INT_PAIRS
+            s[j] = vint_add16(s[j], vint_maddubs(x, y));
+            HOLD(y);
+#else
+            s[j] = vint_dot(s[j], x, y);
+#endif
+        }
+    }
+    volatile float sink = 0;
+    for (int j = 0; j < CHAINS; j++) sink += vsum(vint_float(s[j]));
+    return CHAINS * W * 8 / (INT_PAIRS && q8 ? 2 : 1); /* Q8's two halves of bytes apart */
+}
+#endif
+
+static uint64_t peak(qvl__type type, int rounds) {
+#if HAVE_DOT
+    if (type == QVL__BF16) return peak_dot(rounds);
+#endif
+#if HAVE_INT && !defined(QVL__SIMD_EMULATE)
+    if (qvl__type_quantised(type)) return peak_int(type == QVL__Q8, rounds);
+#endif
+    (void)type;
+    return peak_float(rounds);
+}
+
 int ISA_INIT(struct qvl__kern *k) {
     *k = (struct qvl__kern){
         .isa = ISA_NAME,
@@ -497,6 +570,7 @@ int ISA_INIT(struct qvl__kern *k) {
         .rope = rope,
         .add = add,
         .axpy = axpy,
+        .peak = peak,
     };
     return 0;
 }

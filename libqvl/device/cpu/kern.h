@@ -53,9 +53,10 @@ struct qvl__kern {
     float (*quantize)(int8_t *dst, const float *src, int n);
     /* A row of k floats for products with weights of a type (qvl__ints): whole groups, with scale and start of each. */
     void (*quantize_rows)(qvl__type type, int8_t *q, float *scale, int32_t *start, const float *x, int k);
-    /* QVL__GROUP weights as unsigned integers (Q4: 8 added, Q8: 128) with the least squared error that a search finds;
-     * returns their bf16 scale, NaN when one is not finite. The same bytes at every level. */
-    uint16_t (*quantize_weights)(qvl__type type, uint8_t *out, const float *src);
+    /* A group of all columns of a panel, src [QVL__GROUP][16], as unsigned integers (Q4: 8 added, Q8: 128) in the panel's
+     * layout, with the least squared error that a search finds; scales[16] in bf16, NaN for a column that is not finite. The
+     * same bytes at every level. */
+    void (*quantize_weights)(qvl__type type, uint8_t *out, uint16_t *scales, const float *src);
     /* y[i] *= w[i] */
     void (*scale)(float *y, const float *w, int n);
 
@@ -78,6 +79,10 @@ struct qvl__kern {
     /* y += x, y += a * x */
     void (*add)(float *y, const float *x, int n);
     void (*axpy)(float *y, const float *x, float a, int n);
+
+    /* A yardstick: rounds of the multiplications and additions that products with weights of a type are made of, on
+     * registers alone. Returns how many of them a round has. */
+    uint64_t (*peak)(qvl__type type, int rounds);
 };
 
 int qvl__kern_generic(struct qvl__kern *k);

@@ -23,6 +23,16 @@ static void cpu_free(qvl__device *d, void *p, size_t size) {
     if (p) qvl__pages_free(p, size);
 }
 
+static int cpu_sync(qvl__device *d) {
+    (void)d;
+    return 0;
+}
+
+static uint64_t cpu_room(qvl__device *d) {
+    (void)d;
+    return 0;
+}
+
 static void cpu_put(qvl__device *d, void *dst, const void *host, size_t size) {
     (void)d;
     memcpy(dst, host, size);
@@ -206,7 +216,11 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     d->isa = c->kern.isa;
     d->pool = pool;
     d->bf16_math = bf16_math && c->kern.gemm_dot;
+    d->host_memory = true;
+    d->slice_flops = 5e9; /* 30 ms on two AVX2 cores */
     d->close = cpu_close;
+    d->sync = cpu_sync;
+    d->room = cpu_room;
     d->alloc = cpu_alloc;
     d->free = cpu_free;
     d->put = cpu_put;

@@ -188,22 +188,33 @@ static size_t int_at(qvl__type type, int i, int column) {
     return (size_t)((four * QVL__PANEL + column) * 4 + i % 4);
 }
 
-/* Columns c0.. of a Q8 or Q4 panel. */
-static void quantise_panel(const struct qvl__kern *k, const qvl__matrix *m, char *panel, int c0, int cols, qvl__type src_type, const char *src) {
+/* Columns c0.. of a Q8 or Q4 panel: a chunk of every row as floats, turned, then group by group. The kernel does whole
+ * panels; columns that are not meant are left out of what it gives. */
+static void quantise_panel(const struct qvl__kern *kern, const qvl__matrix *m, char *panel, int c0, int cols, qvl__type src_type, const char *src) {
     size_t row_bytes = (size_t)m->k * qvl__type_size(src_type), body = QVL__GROUP * QVL__PANEL / (m->type == QVL__Q4 ? 2 : 1);
     int groups = qvl__div_up(m->k, QVL__GROUP);
-    uint16_t *scales = (uint16_t *)(void *)panel;
-    for (int g = 0; g < groups; g++) {
-        uint8_t *to = (uint8_t *)panel + QVL__INT_HEAD(groups) + (size_t)g * body, q[QVL__GROUP];
-        int k0 = g * QVL__GROUP, n = m->k - k0 < QVL__GROUP ? m->k - k0 : QVL__GROUP;
+    union {
+        uint32_t w[QVL__PANEL][CHUNK];
+        float f[QVL__PANEL][CHUNK];
+    } t;
+    union {
+        uint32_t w[CHUNK][QVL__PANEL];
+        float f[CHUNK][QVL__PANEL];
+    } turned;
+    memset(&t, 0, sizeof t);
+    for (int k0 = 0; k0 < m->k; k0 += CHUNK) {
+        int n = m->k - k0 < CHUNK ? m->k - k0 : CHUNK;
         for (int j = 0; j < cols; j++) {
-            float f[QVL__GROUP] = {0};
-            convert(QVL__F32, f, src_type, src + (size_t)j * row_bytes, (size_t)k0, n);
-            scales[g * QVL__PANEL + c0 + j] = k->quantize_weights(m->type, q, f);
-            for (int i = 0; i < QVL__GROUP; i++) {
-                uint8_t *at = to + int_at(m->type, i, c0 + j);
-                *at = m->type == QVL__Q8 ? q[i] : (uint8_t)(i < 16 ? q[i] : *at | q[i] << 4);
-            }
+            convert(QVL__F32, t.f[j], src_type, src + (size_t)j * row_bytes, (size_t)k0, n);
+            memset(t.f[j] + n, 0, (size_t)(CHUNK - n) * sizeof(float));
+        }
+        turn(turned.w[0], t.w, QVL__PANEL, CHUNK);
+        for (int g = k0 / QVL__GROUP; g < groups && g < (k0 + CHUNK) / QVL__GROUP; g++) {
+            uint8_t q[QVL__GROUP * QVL__PANEL], *to = (uint8_t *)panel + QVL__INT_HEAD(groups) + (size_t)g * body;
+            uint16_t scales[QVL__PANEL];
+            kern->quantize_weights(m->type, q, scales, turned.f[g * QVL__GROUP - k0]);
+            memcpy((uint16_t *)(void *)panel + g * QVL__PANEL + c0, scales, (size_t)cols * sizeof *scales);
+            for (size_t four = 0; four < body; four += 4 * QVL__PANEL) memcpy(to + four + 4 * c0, q + four, 4 * (size_t)cols);
         }
     }
 }

@@ -42,9 +42,14 @@
 #error "compile with -DQVL__ISA_generic, _avx2, _avx512, _avx512_vnni or _avx512_bf16"
 #endif
 
+#ifndef HAVE_VNNI
+#define HAVE_VNNI 0
+#endif
+
 /* The matrix tile is mr rows by np panels, all accumulators in registers: at most MR rows. NP1 panels for one row, NP2
  * for two or three and NP4 for more (for MR = 3: NP2 for two, NP4 for three) keep at least 8 chains of additions going,
- * which is what hides the latency of an FMA. */
+ * which is what hides the latency of an FMA; one row with 512 bits waits for memory, and takes 4 panels, because more
+ * streams of weights than that get into each other's way. */
 
 #if defined(QVL__ISA_avx2)
 /* ---- AVX2 + FMA + F16C ---- */
@@ -91,6 +96,18 @@ INLINE void vstore_i8(int8_t *p, vf a) {
     __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(h, h));
 }
+/* The same, of 0..255, as [W][4] */
+INLINE void vstore_bytes(uint8_t *p, vf a, vf b, vf c, vf d) {
+    __m256i ab = _mm256_or_si256(_mm256_cvtps_epi32(a), _mm256_slli_epi32(_mm256_cvtps_epi32(b), 8));
+    __m256i cd = _mm256_or_si256(_mm256_cvtps_epi32(c), _mm256_slli_epi32(_mm256_cvtps_epi32(d), 8));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm256_or_si256(ab, _mm256_slli_epi32(cd, 16)));
+}
+/* rounded to bf16, nearest even; not of infinity */
+INLINE vf vbf16(vf a) {
+    __m256i u = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    u = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000u)));
+}
 INLINE vu vload_pairs(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
 INLINE vf vpair_even(vu a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000u))); }
@@ -116,10 +133,10 @@ INLINE vf vload_bf16(const uint16_t *p) {
 #define W 16
 #define MR 6
 #define WIDEN_FIRST 1
-#define NP1 8
+#define NP1 4
 #define NP2 4
 #define NP4 4
-#define INT_MR 6
+#define INT_MR (HAVE_VNNI ? 6 : 4) /* sums of 8-bit weights take two registers each without VNNI */
 #define INT_NP 2
 #define INT_NP1 4
 #define INT_NV 2
@@ -147,6 +164,16 @@ INLINE vf vload_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
 INLINE void vstore_i8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
+INLINE void vstore_bytes(uint8_t *p, vf a, vf b, vf c, vf d) {
+    __m512i ab = _mm512_or_si512(_mm512_cvtps_epi32(a), _mm512_slli_epi32(_mm512_cvtps_epi32(b), 8));
+    __m512i cd = _mm512_or_si512(_mm512_cvtps_epi32(c), _mm512_slli_epi32(_mm512_cvtps_epi32(d), 8));
+    _mm512_storeu_si512(p, _mm512_or_si512(ab, _mm512_slli_epi32(cd, 16)));
+}
+INLINE vf vbf16(vf a) {
+    __m512i u = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    u = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000u)));
+}
 INLINE vu vload_pairs(const uint16_t *p) { return _mm512_loadu_si512(p); }
 INLINE vf vpair_even(vu a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 INLINE vf vpair_odd(vu a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000u))); }
@@ -193,10 +220,10 @@ INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
 #define W 16
 #define MR 6
 #define WIDEN_FIRST 1
-#define NP1 8
+#define NP1 4
 #define NP2 4
 #define NP4 4
-#define INT_MR 6
+#define INT_MR (HAVE_VNNI ? 6 : 4) /* sums of 8-bit weights take two registers each without VNNI */
 #define INT_NP 2
 #define INT_NP1 4
 #define INT_NV 2
@@ -261,6 +288,13 @@ INLINE vf vload_i8(const int8_t *p) {
 INLINE void vstore_i8(int8_t *p, vf a) {
     for (int i = 0; i < W; i++) p[i] = (int8_t)a[i];
 }
+INLINE void vstore_bytes(uint8_t *p, vf a, vf b, vf c, vf d) {
+    for (int i = 0; i < W; i++, p += 4) p[0] = (uint8_t)a[i], p[1] = (uint8_t)b[i], p[2] = (uint8_t)c[i], p[3] = (uint8_t)d[i];
+}
+INLINE vf vbf16(vf a) {
+    vu u = (vu)a;
+    return (vf)((u + 0x7fffu + (u >> 16 & 1)) & 0xffff0000u);
+}
 INLINE vf vload_bf16(const uint16_t *p) {
     vu r;
     for (int i = 0; i < W; i++) r[i] = (uint32_t)p[i] << 16;
@@ -293,6 +327,8 @@ static __attribute__((noinline)) vf vdot_pairs(vf c, uint32_t a, vu b) {
 #define VP (PANEL / W)
 
 /* ---- common ---- */
+
+INLINE vf vabs(vf a) { return vmax(a, vsub(vzero(), a)); }
 
 /* The sum and the maximum of all lanes, by halving: a fixed tree (8 lanes: i + (i + 4), then i + (i + 2), ...). */
 #if W == 4 || defined(QVL__SIMD_EMULATE)

@@ -1,0 +1,121 @@
+/* cuda.h - the state of an opened GPU, and what the files of the backend share.
+ *
+ * Job:        one stream, one arena, pinned staging, failures.
+ * Input:      -
+ * Output:     -
+ * Invariants: every op takes the lock, so threads may share a device; work is only enqueued, in order, on one stream;
+ *             the arena belongs to the op that is being enqueued, which stream order makes safe;
+ *             the first failure is kept, and sync reports it.
+ */
+#ifndef QVL__CUDA_H
+#define QVL__CUDA_H
+
+#include <cublasLt.h>
+#include <mutex>
+
+extern "C" {
+#include "../plugin.h"
+}
+#include "kernels/layout.cuh"
+
+#define ARENA_BYTES ((size_t)96 << 20)  /* rounded rows, sums on their way to an epilogue, pieces of attention */
+#define LT_BYTES ((size_t)32 << 20)     /* workspace of cuBLASLt, as its documentation asks for on Hopper */
+#define STAGES 4                        /* parts of the staging memory, reused in turn */
+#define STAGE_BYTES ((size_t)8 << 20)
+#define GRAPHS 64                       /* recorded steps that are kept */
+#define LT_PLANS 256                    /* remembered choices of cuBLASLt */
+
+/* A quantised matrix that is being filled: the CPU rounds it, and it is uploaded when its last feature has come. */
+struct filling {
+    const void *data; /* of the GPU's matrix; NULL: free */
+    qvl__matrix host;
+    int features;
+};
+
+struct lt_plan {
+    uint64_t key; /* 0: none */
+    cublasLtMatmulAlgo_t algo;
+    bool none; /* cuBLASLt has no product of this kind */
+};
+
+struct graph {
+    uint64_t key[4], used;
+    cudaGraphExec_t exec;
+};
+
+struct cuda {
+    qvl__device device; /* first: a qvl__device * is a cuda * */
+    const qvl__host *host;
+    qvl__device *cpu;
+    std::recursive_mutex *lock;
+    int gpu;
+    bool deterministic;
+    double memory;
+    char isa[32], failure[256];
+    int failed; /* QVL_E*, 0 while all is well */
+    cudaStream_t stream;
+    cublasLtHandle_t lt;
+    char *arena, *lt_work;
+    char *pinned; /* STAGES * STAGE_BYTES */
+    cudaEvent_t staged[STAGES];
+    int stage;
+    size_t stage_at;
+    filling fill[4];
+    lt_plan plans[LT_PLANS];
+    graph graphs[GRAPHS];
+    uint64_t clock;
+    int recording; /* index of the graph being recorded, -1: none */
+};
+
+static inline cuda *of(qvl__device *d) { return reinterpret_cast<cuda *>(d); }
+static inline int div_up(int a, int b) { return a / b + (a % b != 0); }
+static inline int padded(int k) { return div_up(k, 32) * 32; }
+
+/* Holds the device for one op. */
+struct entered {
+    cuda *c;
+    explicit entered(qvl__device *d) : c(of(d)) {
+        c->lock->lock();
+        cudaSetDevice(c->gpu);
+    }
+    ~entered() { c->lock->unlock(); }
+    cuda *operator->() const { return c; }
+    operator cuda *() const { return c; }
+    entered(const entered &) = delete;
+};
+
+/* Keeps the first failure; true when e is none. */
+bool cuda_ok(cuda *c, cudaError_t e, const char *what);
+
+#define LAUNCH(c, kernel, grid, block, smem, ...)                              \
+    do {                                                                       \
+        QVL_LAUNCH(kernel, (grid), (block), (smem), (c)->stream, __VA_ARGS__); \
+        cuda_ok((c), cudaGetLastError(), #kernel);                             \
+    } while (0)
+
+/* Allows a kernel more than 48 KiB of shared memory. */
+template <typename K> static void allow_shared(cuda *c, K kernel, size_t bytes) {
+    if (bytes > (48 << 10)) cuda_ok(c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), "shared memory");
+}
+
+/* Bytes of a matrix's rows, rounded up so that scales behind them begin on 16 bytes. */
+static inline size_t rows_bytes(qvl__type type, int n, int k) {
+    size_t numbers = (size_t)n * (size_t)padded(k);
+    size_t bytes = type == QVL__F32 ? 4 * numbers : type == QVL__Q8 ? numbers : type == QVL__Q4 ? numbers / 2 : 2 * numbers;
+    return (bytes + 15) / 16 * 16;
+}
+static inline rows_of view(const qvl__matrix *m) {
+    return rows_of{m->type, m->n, m->k, padded(m->k), m->data, (const uint16_t *)((const char *)m->data + rows_bytes(m->type, m->n, m->k))};
+}
+
+/* plugin.cu */
+void cuda_put(qvl__device *d, void *dst, const void *host, size_t size);
+void *cuda_alloc(qvl__device *d, size_t size);
+void cuda_free(qvl__device *d, void *p, size_t size);
+/* Each fills in its part of the op table. */
+void cuda_weights(qvl__device *d);   /* weights.cu */
+void cuda_rows(qvl__device *d);      /* ops.cu */
+void cuda_products(qvl__device *d);  /* gemm.cu */
+void cuda_attention(qvl__device *d); /* attention.cu */
+
+#endif

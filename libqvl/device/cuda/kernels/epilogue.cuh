@@ -1,0 +1,50 @@
+/* epilogue.cuh - what happens to a sum before it is stored.
+ *
+ * Job:        bias, residual, GELU, SwiGLU.
+ * Input:      sums of output columns c and c + 1, c even.
+ * Output:     y.
+ * Invariants: the same text for every product kernel.
+ */
+#ifndef QVL__EPILOGUE_CUH
+#define QVL__EPILOGUE_CUH
+
+#include "../../device.h"
+#include "../port.cuh"
+
+struct finish {
+    int kind;          /* qvl__epilogue */
+    const float *bias; /* by feature; NULL: none */
+    float *y;
+    int n; /* rows of the matrix; y has n columns, n / 2 with SwiGLU */
+};
+
+/* x e^z / (e^z + 1), written so that nothing overflows. */
+__device__ __forceinline__ float times_logistic(float x, float z) {
+    float e = expf(-fabsf(z));
+    return z < 0 ? x * e / (1.0f + e) : x / (1.0f + e);
+}
+
+__device__ __forceinline__ float activate(int kind, float v) {
+    if (kind == QVL__EPI_GELU_TANH) return times_logistic(v, 1.5957691216057308f * fmaf(0.044715f * v * v, v, v)); /* (1 + tanh u) / 2 is logistic(2 u) */
+    if (kind == QVL__EPI_GELU_ERF) return 0.5f * v * erfcf(-0.70710678118654752f * v);
+    return v;
+}
+
+/* Row r: v0, v1 are the sums of matrix rows c and c + 1 (where c + 1 < n). */
+__device__ __forceinline__ void store_pair(const finish &f, int r, int c, float v0, float v1) {
+    if (f.kind == QVL__EPI_SWIGLU) {
+        int half = f.n / 2, i = c / 2;
+        if (c >= f.n) return;
+        if (f.bias) v0 += f.bias[i], v1 += f.bias[half + i];
+        f.y[(size_t)r * half + i] = times_logistic(v0, v0) * v1;
+        return;
+    }
+    float v[2] = {v0, v1};
+    for (int i = 0; i < 2; i++) {
+        if (c + i >= f.n) return;
+        float *to = f.y + (size_t)r * f.n + c + i, x = v[i] + (f.bias ? f.bias[c + i] : 0.0f);
+        *to = f.kind == QVL__EPI_ADD ? *to + x : activate(f.kind, x);
+    }
+}
+
+#endif

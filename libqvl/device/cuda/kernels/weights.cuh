@@ -1,0 +1,55 @@
+/* weights.cuh - filling matrices, and embedding rows.
+ *
+ * Job:        conversion of checkpoint rows and of the CPU's packed panels into rows.
+ * Input:      rows in F32, BF16, F16; panels as device/cpu/panel.c describes them.
+ * Output:     rows as layout.cuh describes them.
+ * Invariants: integers and scales are the CPU's.
+ */
+#ifndef QVL__WEIGHTS_CUH
+#define QVL__WEIGHTS_CUH
+
+#include "layout.cuh"
+
+/* Block b: feature first + b from row b of src [count][k]. */
+static __global__ void put_rows(rows_of w, bool gate_up, int first, int src_type, const void *src) {
+    size_t to = (size_t)row_of_feature(first + blockIdx.x, w.n, gate_up) * w.kp, from = (size_t)blockIdx.x * w.k;
+    for (int i = threadIdx.x; i < w.kp; i += blockDim.x)
+        store_number(w.type, (void *)w.data, to + i, i < w.k ? source_at(src_type, src, from + i) : 0.0f);
+}
+
+/* Block b: one feature out of panel number first + b / 16 of the CPU's layout; panels begins with panel `first`. */
+static __global__ void put_panels(rows_of w, bool gate_up, int first, const uint8_t *panels, size_t panel_bytes) {
+    int panel = first + blockIdx.x / 16, column = blockIdx.x % 16;
+    int feature = gate_up ? panel / 2 * 16 + column + (panel % 2 ? w.n / 2 : 0) : panel * 16 + column;
+    if ((gate_up ? panel / 2 * 16 + column >= w.n / 2 : feature >= w.n)) return;
+    const uint8_t *from = panels + (size_t)(blockIdx.x / 16) * panel_bytes;
+    int row = row_of_feature(feature, w.n, gate_up), groups = w.kp / 32;
+    size_t to = (size_t)row * w.kp;
+    const uint16_t *h = (const uint16_t *)from;
+    if (w.type == QVL__Q8 || w.type == QVL__Q4) {
+        const uint8_t *body = from + ((size_t)groups * 16 * 2 + 63) / 64 * 64;
+        for (int g = threadIdx.x; g < groups; g += blockDim.x) ((uint16_t *)w.scales)[(size_t)row * groups + g] = h[g * 16 + column];
+        for (int i = threadIdx.x; i < w.kp; i += blockDim.x) {
+            int g = i / 32, in = i % 32;
+            if (w.type == QVL__Q8) ((int8_t *)w.data)[to + i] = (int8_t)(body[(size_t)g * 512 + (in / 4 * 16 + column) * 4 + in % 4] - 128);
+            else if (in < 16) ((uint8_t *)w.data)[to / 2 + g * 16 + in] = body[(size_t)g * 256 + (in / 4 * 16 + column) * 4 + in % 4];
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < w.kp; i += blockDim.x) {
+        float x = 0;
+        if (i < w.k) {
+            if (w.type == QVL__F32) x = ((const float *)from)[(size_t)i * 16 + column];
+            else if (w.type == QVL__F16) x = __half2float(((const __half *)from)[(size_t)i * 16 + column]);
+            else x = wide_bf16(h[(size_t)(i / 2) * 32 + column * 2 + i % 2]);
+        }
+        store_number(w.type, (void *)w.data, to + i, x);
+    }
+}
+
+static __global__ void embed_rows(float *y, rows_of w, bool gate_up, const int32_t *ids) {
+    int row = row_of_feature(ids[blockIdx.x], w.n, gate_up);
+    for (int i = threadIdx.x; i < w.k; i += blockDim.x) y[(size_t)blockIdx.x * w.k + i] = weight_at(w, row, i);
+}
+
+#endif

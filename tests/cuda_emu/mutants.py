@@ -1,0 +1,97 @@
+"""Planted faults: each of these changes to the CUDA backend must make a test fail under emulation.
+
+Job:        change one line, build the backend for the emulator, run one test of cuda_ops in several orders.
+Input:      libqvl/device/cuda, the emulator and the tests, as "make check-emu" builds them.
+Output:     a table (Markdown); exit status 1 when a fault was not caught or a line to change is not there any more.
+Invariants: the sources are changed in copies below build/; a fault counts as caught when any order of threads shows it.
+
+Usage: mutants.py BUILD_DIRECTORY CXX FLAGS...
+"""
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+SRC = pathlib.Path("libqvl/device/cuda")
+ORDERS = 4
+# fault, file, line, what becomes of it, mode and test that must fail
+MUTANTS = [
+    ("no barrier between writing and reading shared sums", "kernels/rows.cuh", "    __syncthreads();\n    float sum = 0;", "    float sum = 0;", "exact test_norms"),
+    ("no barrier after loading a tile", "kernels/gemm_exact.cuh", "        __syncthreads();\n        int most", "        int most", "exact test_matmul"),
+    ("no barrier before a tile is overwritten", "kernels/gemm_exact.cuh", "        __syncthreads();\n    }\n", "    }\n", "exact test_matmul"),
+    ("no barrier before reading keys", "kernels/attend.cuh", "        __syncthreads();\n        for (int j = 0; j < 2; j++) {", "        for (int j = 0; j < 2; j++) {", "exact same_decoding"),
+    ("an asynchronous copy is read before its wait (product)", "kernels/gemm_mma.cuh", "wait<MMA_STAGES - 2>", "wait<MMA_STAGES - 1>", "deterministic test_matmul"),
+    ("no barrier behind the wait (product)", "kernels/gemm_mma.cuh", "        __syncthreads(); /* step s", "        /* step s", "deterministic test_matmul"),
+    ("an asynchronous copy is read before its wait (attention)", "kernels/flash.cuh", "qvl_cp_async_wait<1>", "qvl_cp_async_wait<2>", "deterministic test_vision"),
+    ("no barrier before keys are overwritten", "kernels/flash.cuh", "if (k0) __syncthreads();", "", "deterministic test_vision"),
+    ("shuffle mask leaves lanes out", "port.cuh", "x += __shfl_xor_sync(0xffffffffu, x, i)", "x += __shfl_xor_sync(0x0000ffffu, x, i)", "exact test_norms"),
+    ("lanes read what others wrote without __syncwarp", "kernels/cache.cuh", "        __syncwarp();\n", "", "exact test_attention_paged"),
+    ("block table off by one", "kernels/attend.cuh", "keys_at(c, seq, k0, kv_head)", "keys_at(c, seq, k0 + (k0 ? QVL__KV_BLOCK : 0), kv_head)", "exact same_decoding"),
+    ("a key too few", "kernels/attend.cuh", "return a.pos ? a.pos[r] + 1 : a.span;", "return a.pos ? a.pos[r] + (a.pos[r] == 0) : a.span;", "exact test_attention_paged"),
+    ("rows of another sequence are not masked", "kernels/flash.cuh", "seq[i] == s && row[i] >= r0 && row[i] < r1 ? limit[i] - k0 : 0", "limit[i] - k0", "deterministic same_decoding"),
+    ("two blocks add to the same row", "kernels/rows.cuh", "    if (__syncthreads_or(earlier)) return;\n", "", "exact test_row_ops"),
+    ("results are read without waiting for the stream", "plugin.cu", 'if (cuda_ok(c, cudaStreamSynchronize(c->stream), "waiting for the GPU")) memcpy', "memcpy", "exact test_row_ops"),
+    ("staging memory is reused before its copy has run", "plugin.cu", '        cuda_ok(c, cudaEventSynchronize(c->staged[c->stage]), "waiting for a copy");\n', "", "exact test_staging"),
+]
+
+
+def reached(path):
+    """A source and every file of the backend that it includes, over any number of steps."""
+    found, todo = set(), [path]
+    while todo:
+        at = todo.pop()
+        if at not in found and at.exists():
+            found.add(at)
+            todo += [at.parent / name if (at.parent / name).exists() else SRC / name for name in re.findall(r'#include "(?:\.\./)?([\w./]+)"', at.read_text())]
+    return found
+
+
+def main():
+    build, cxx, flags = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3:]
+    objects = [str(o) for o in sorted((build / "emu").rglob("*.o"))]
+    bad = 0
+    print("| planted fault | where | caught by | how |\n|---|---|---|---|")
+    for fault, file, line, becomes, test in MUTANTS:
+        copy = build / "mutant" / "libqvl"
+        shutil.rmtree(copy, ignore_errors=True)
+        for part in ("device", "base"):
+            shutil.copytree(f"libqvl/{part}", copy / part)
+        shutil.copytree("include", build / "mutant" / "include", dirs_exist_ok=True)
+        path = copy / "device" / "cuda" / file
+        text = path.read_text()
+        if text.count(line) != 1:
+            print(f"{file}: {text.count(line)} places for {fault!r}, one is needed", file=sys.stderr)
+            bad += 1
+            continue
+        path.write_text(text.replace(line, becomes))
+        mine = []
+        for unit in sorted(SRC.glob("*.cu")):
+            o = build / "mutant" / f"{unit.name}.o"
+            if SRC / file in reached(unit):
+                subprocess.run([cxx, "-x", "c++", *flags, "-O1", "-c", str(copy / "device" / "cuda" / unit.name), "-o", str(o)], check=True)
+                mine.append(str(o))
+            else:
+                mine += [x for x in objects if x.endswith(f"/{unit.name}.o")]
+        so = build / "mutant" / "libqvl-cuda.so"
+        subprocess.run([cxx, "-shared", "-pthread", "-o", str(so), *mine, *[x for x in objects if x.endswith(".cpp.o")]], check=True)
+        how = ""
+        for seed in range(1, ORDERS + 1):
+            env = dict(os.environ, QVL_CUDA_PLUGIN=str(so), QVL_EMU_SEED=str(seed), QVL_EMU_ASYNC="lazy" if seed % 2 else "random")
+            out = subprocess.run([str(build / "tests/ops/cuda_ops"), *test.split()], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+            if "Running 1 test(s)" not in out.stdout:
+                sys.exit(f"{test}: ran no test\n{out.stdout}")
+            if out.returncode not in (0, 77):
+                named = [x for x in out.stdout.splitlines() if x.startswith("qvl-emu: ")]
+                how = "named by the emulator" if named else "wrong numbers"
+                how += f", order {seed}"
+                break
+        bad += not how
+        print(f"| {fault} | `{file}` | `{test}` | {how or '**not caught**'} |", flush=True)
+    print(f"\n{len(MUTANTS)} planted faults, {bad} not caught")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""test_device - where a model runs: choosing a device, and what must hold on one with memory of its own.
+
+The first part runs everywhere: what libqvl says when there is no plug-in, a wrong one, no driver or no GPU. The second runs
+with QVL_TEST_DEVICE=cuda, on a GPU or on the emulator (make check-emu).
+"""
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import qvl
+from support import ROOT, TINY, drain
+
+ON_GPU = os.environ.get("QVL_TEST_DEVICE") == "cuda"
+EMULATED = "emu" in os.environ.get("QVL_CUDA_PLUGIN", "")
+gpu = pytest.mark.skipif(not ON_GPU, reason="QVL_TEST_DEVICE is not cuda")
+SHAPES = ROOT / "examples" / "images" / "shapes.png"
+ASK = [{"role": "user", "content": [{"type": "image", "image": str(SHAPES)}, {"type": "text", "text": "What do you see?"}]}]
+
+
+def opened(device, **env):
+    """What loading the bundled model on a device says, in a process of its own."""
+    code = (f"import qvl\ntry: print(qvl.Model({str(TINY)!r}, threads=1, device={device!r}).info['device'])\n"
+            "except qvl.Error as e: print(e.code, e)")
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("QVL_CUDA", "QVL_EMU"))}, "PYTHONPATH": str(ROOT / "bindings" / "python"), **env}
+    out = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert out.returncode == 0, out.stderr
+    return out.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """A plug-in of another version."""
+    at = tmp_path_factory.mktemp("plugin")
+    (at / "p.c").write_text('#include <stddef.h>\nconst struct { const char *version; size_t size; void *open; } qvl_device_plugin = {"qvl-device-0", 1, 0};\n')
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", at / "p.so", at / "p.c"], check=True)
+    return str(at / "p.so")
+
+
+def test_wrong_plugins(stranger):
+    for path, said in (("/nowhere/libqvl-cuda.so", "/nowhere/libqvl-cuda.so"), ("libm.so.6", "no symbol qvl_device_plugin"), (stranger, "another libqvl (qvl-device-0")):
+        message = opened("cuda", QVL_CUDA_PLUGIN=path)
+        assert message.startswith(f"-10 ") and said in message and "cuda" in message
+        assert opened("auto", QVL_CUDA_PLUGIN=path) == "cpu"
+    assert opened("cpu", QVL_CUDA_PLUGIN="/nowhere") == "cpu"
+
+
+def test_no_gpu():
+    """The real plug-in, where it was built and there is no GPU: a clear message, and auto is the CPU."""
+    library = pathlib.Path(os.environ["QVL_LIBRARY"]).parent / "libqvl-cuda.so"
+    if not library.exists():
+        pytest.skip("the plug-in is not built (make cuda)")
+    if pathlib.Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    assert "no NVIDIA driver is installed" in opened("cuda", QVL_CUDA_PLUGIN=str(library))
+    assert opened("auto", QVL_CUDA_PLUGIN=str(library)) == "cpu"
+
+
+@pytest.mark.skipif(not EMULATED, reason="QVL_CUDA_PLUGIN is not the emulator")
+def test_emulated_absence():
+    plugin = os.environ["QVL_CUDA_PLUGIN"]
+    assert "no NVIDIA GPU is visible" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="1")
+    assert "knows CUDA 12.4, libqvl-cuda needs" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="driver")
+    assert opened("auto", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="1") == "cpu"
+    assert "cudaErrorMemoryAllocation" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_MEMORY="64")
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+def answers(model, prompts, **options):
+    engine = qvl.Engine(model, max_context=512, **options)
+    numbers = [engine.submit(p, temperature=0, max_tokens=12, ignore_eos=True) for p in prompts]
+    done = drain(engine)
+    return [done[n].tokens for n in numbers], engine.stats
+
+
+@gpu
+def test_info(load):
+    info = load("qvl-tiny", dtype="f32").info
+    assert info["device"] == "cuda" and info["isa"].startswith("sm_")
+
+
+@gpu
+def test_preemption(load):
+    """Too few blocks for all: requests lose them and are computed again, with the same answers."""
+    model = load("qvl-tiny", dtype="f32")
+    prompts = [model.prompt([{"role": "user", "content": f"Count to {n}. " * 12}]) for n in range(3)]
+    alone = [answers(model, [p])[0][0] for p in prompts]
+    together, stats = answers(model, prompts, max_requests=3, kv_blocks=17)
+    assert together == alone
+    tight, stats = answers(model, prompts, max_requests=3, kv_blocks=max(-(-(len(p) + 12) // 32) for p in prompts) + 3)
+    assert tight == alone
+
+
+@gpu
+def test_engines_one_after_another(load):
+    """Buffers of an engine that is gone may come back at the same addresses with another division: no recorded step survives."""
+    model, cpu = load("qvl-tiny", dtype="f32"), load("qvl-tiny", dtype="f32", device="cpu")
+    text = [{"role": "user", "content": "Name three colours."}]
+    want = answers(cpu, [cpu.prompt(text)])[0]
+    for rows in (64, 61, 64, 58, 61):
+        assert answers(model, [model.prompt(text)], max_batched_tokens=rows, max_requests=2, kv_blocks=8)[0] == want
+
+
+@gpu
+@pytest.mark.parametrize("dtype,kv_dtype", [("auto", "bf16"), ("auto", "int8"), ("auto", "f16"), ("int8", "bf16"), ("int4", "bf16")])
+def test_deterministic(load, dtype, kv_dtype):
+    """deterministic: a request's logits are the same bits alone, batched and in chunks of any size."""
+    model = load("qvl-tiny", dtype=dtype, deterministic=True)
+    prompts = [model.prompt(ASK), model.prompt([{"role": "user", "content": "Name three colours."}])]
+    found = []
+    for together, rows in ((False, 512), (True, 512), (True, 7)):
+        out = {}
+        for group in ([prompts] if together else [[p] for p in prompts]):
+            engine = qvl.Engine(model, max_context=512, max_batched_tokens=rows, kv_dtype=kv_dtype, prefix_cache=False)
+            numbers = [engine.submit(p, temperature=0, max_tokens=4, ignore_eos=True, return_logits=True) for p in group]
+            done = drain(engine)
+            out.update({len(p): done[n] for p, n in zip(group, numbers)})
+        found.append(out)
+    for other in found[1:]:
+        for key, answer in other.items():
+            assert answer.tokens == found[0][key].tokens
+            assert np.array_equal(np.stack(answer.logits), np.stack(found[0][key].logits))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["f32", "auto", "int8", "int4"])
+def test_like_the_cpu(load, dtype):
+    """The same weights on both devices: logits differ by rounding alone. int8 and int4: the CPU rounds activations to 8 bits,
+    the GPU to bf16, so those are held against the CPU with exact activations on the same integers, within what bf16 costs."""
+    here, there = load("qvl-tiny", dtype=dtype), load("qvl-tiny", dtype=dtype, device="cpu")
+    assert here.info["weights_id"] != there.info["weights_id"]  # what one computed is no cached result of the other
+    a, b = here.logits(here.prompt(ASK)), there.logits(there.prompt(ASK))
+    error = np.sqrt(np.mean((a - b) ** 2)) / b.std()
+    assert error <= {"f32": 2e-5, "auto": 0.02, "int8": 0.03, "int4": 0.03}[dtype], error
+    x, y = here.encode_image(SHAPES).to_numpy(), there.encode_image(SHAPES).to_numpy()
+    assert np.sqrt(np.mean((x - y) ** 2)) / y.std() <= {"f32": 2e-5, "auto": 0.02, "int8": 0.03, "int4": 0.03}[dtype]
+
+
+@gpu
+def test_packed(load, tmp_path):
+    """A packed file gives what rounding while loading gives."""
+    qvl.quantize(TINY, tmp_path / "packed", dtype="int4")
+    here, there = qvl.Model(tmp_path / "packed", device="cuda"), load("qvl-tiny", dtype="int4")
+    tokens = here.prompt(ASK)
+    assert np.array_equal(here.logits(tokens), there.logits(there.prompt(ASK)))
+
+
+@gpu
+def test_speculation_and_logprobs(load):
+    """Several rows of a request in one step, and the host's sampler on logits of the device."""
+    model = load("qvl-tiny", dtype="f32")
+    text = [{"role": "user", "content": "red green blue red green blue red green blue"}]
+    plain = model.chat(text, temperature=0, max_tokens=16, ignore_eos=True)
+    fast = model.chat(text, temperature=0, max_tokens=16, ignore_eos=True, speculate=4, logprobs=2)
+    assert fast.tokens == plain.tokens
+    assert model.chat(text, temperature=1, seed=7, max_tokens=16, ignore_eos=True).tokens == model.chat(text, temperature=1, seed=7, max_tokens=16, ignore_eos=True).tokens
+
+
+@gpu
+def test_too_much(load):
+    """A context that the GPU has no room for is refused with the numbers."""
+    with pytest.raises(qvl.Error, match="MiB"):
+        qvl.Engine(load("qvl-tiny", dtype="f32"), kv_blocks=16777216)
