@@ -298,8 +298,6 @@ check-tsan: ## the engine's thread tests under ThreadSanitizer
 	@$(MAKE) --no-print-directory CONFIG=tsan -j$$(nproc) build/tsan/tests/engine/test_engine
 	QVL_TEST_REQUESTS=$${QVL_TEST_REQUESTS:-400} build/tsan/tests/engine/test_engine
 
-include tests/cuda_emu/emu.mk
-
 # ---- install ----
 
 .PHONY: install clean
