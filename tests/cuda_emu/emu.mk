@@ -16,7 +16,10 @@ EMU_OWN_asan := -fsanitize=address
 EMU_LINK_asan := -fsanitize=address,undefined
 EMU_PARTS := core memory rt blaslt nccl
 EMU_PARTS_check := check
-EMU_SO := $(EMU_DIR_fast)/libqvl-cuda.so
+# Which of them the check-emu targets run: make check-emu-ops EMU_KIND=check.
+EMU_KIND ?= fast
+EMU_DIR = $(EMU_DIR_$(EMU_KIND))
+EMU_SO = $(EMU_DIR)/libqvl-cuda.so
 .PHONY: emu-headers
 emu-headers:
 	@for h in cuda_runtime.h cuda_bf16.h crt/host_defines.h cublasLt.h nccl.h; do [ -e $(CUDA_HOME)/include/$$h ] || { \
@@ -53,14 +56,14 @@ check-emu-self: $(EMU_KINDS:%=$(B)/emu_self/%/test_emu) ## the CUDA emulator aga
 
 $(B)/tests/ops/cuda_ops: tests/ops/shim.h
 # Everything that shows the backend right without a GPU. The three modes of the op tests run side by side.
-EMU_ENV = QVL_EMU_MEMORY=4294967296 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO)
+EMU_ENV = QVL_EMU_MEMORY=4294967296 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO) $(if $(filter asan,$(EMU_KIND)),ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(EMU_CXX) -print-file-name=libasan.so))
 .PHONY: check-emu check-emu-ops check-emu-faults check-emu-goldens check-cuda-static
 check-emu: check-emu-faults check-emu-ops check-emu-goldens ## the CUDA backend on the CPU: planted faults, ops, goldens (needs the CUDA toolkit's headers)
 check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops
-	$(PYTHON) tests/cuda_emu/mutants.py $(B) $(EMU_CXX) $(EMU_FLAGS) -w
+	$(PYTHON) tests/cuda_emu/mutants.py $(B) $(EMU_DIR) $(EMU_CXX) $(EMU_FLAGS) $(EMU_KERNEL_$(EMU_KIND)) -w
 EMU_MODES ?= exact deterministic fast
 check-emu-ops: $(EMU_SO) $(B)/tests/ops/cuda_ops
-	@printf '%s\n' $(EMU_MODES) | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(B)/emu/{}.log 2>&1; rc=$$?; cat $(B)/emu/{}.log; exit $$rc'
+	@printf '%s\n' $(EMU_MODES) | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(EMU_DIR)/{}.log 2>&1; rc=$$?; cat $(EMU_DIR)/{}.log; exit $$rc'
 # EMU_GOLDENS and EMU_DEVICE choose some of them ("-k ..."): all take half an hour.
 EMU_GOLDENS ?=
 EMU_DEVICE ?=

@@ -5,7 +5,7 @@ Input:      libqvl/device/cuda, the emulator and the tests, as "make check-emu" 
 Output:     a table (Markdown); exit status 1 when a fault was not caught or a line to change is not there any more.
 Invariants: the sources are changed in copies below build/; a fault counts as caught when any order of threads shows it.
 
-Usage: mutants.py BUILD_DIRECTORY CXX FLAGS...
+Usage: mutants.py BUILD_DIRECTORY EMULATOR_DIRECTORY CXX FLAGS...
 """
 import os
 import pathlib
@@ -49,8 +49,8 @@ def reached(path):
 
 
 def main():
-    build, cxx, flags = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2], sys.argv[3:]
-    objects = [str(o) for o in sorted((build / "emu").rglob("*.o"))]
+    build, emulator, cxx, flags = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+    objects = [str(o) for o in sorted(emulator.rglob("*.o"))]
     bad = 0
     print("| planted fault | where | caught by | how |\n|---|---|---|---|")
     for fault, file, line, becomes, test in MUTANTS:

@@ -89,6 +89,7 @@ int main(int argc, char **argv) {
                     passed = false;
                 }
                 if (!is_named) silent_said = said;
+                if (seed == 1 && only) printf("%s: %s\n", c.name, said.c_str());
             }
             int grade = named == seeds ? 3 : caught == seeds ? 2 : caught ? 1 : 0;
             if (table) fprintf(table, "%s\t%s\n", c.name, grades[grade]);

@@ -7,7 +7,9 @@
  */
 #include <cublasLt.h>
 #include <nccl.h>
+#include <signal.h>
 #include <stdio.h>
+#include <unistd.h>
 #include <cmath>
 #include <functional>
 #include <thread>
@@ -547,6 +549,14 @@ int events_and_host_functions(bool) {
     OK(cudaStreamDestroy(s));
     return called == 1 && ms >= 0 ? same(y.get(), plus(counting(256), 1)) : wrong;
 }
+int faults_of_others(bool) { /* a handler that was there before still gets what is not the emulator's */
+    struct sigaction mine = {};
+    mine.sa_handler = [](int) { _exit(right); };
+    sigaction(SIGSEGV, &mine, nullptr);
+    Array<float> x(16);
+    *static_cast<volatile int *>(nullptr) = 1;
+    return wrong;
+}
 int rows_and_peers(bool) {
     std::vector<float> h = counting(60);
     Array<float> x(48);
@@ -606,5 +616,6 @@ const std::vector<Case> host_cases = {
     {"pageable source", pageable_source, nullptr, "lazy", {}},
     {"legacy stream", legacy_stream_order, nullptr, "lazy", {}},
     {"events and host functions", events_and_host_functions, nullptr, nullptr, {}},
+    {"faults that are not ours", faults_of_others, nullptr, nullptr, {}},
     {"rows and peers", rows_and_peers, nullptr, nullptr, {}},
 };
