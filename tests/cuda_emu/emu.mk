@@ -29,9 +29,10 @@ EMU_ENV = QVL_EMU_MEMORY=4294967296 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO)
 check-emu: check-emu-faults check-emu-ops check-emu-goldens ## the CUDA backend on the CPU: planted faults, ops, goldens (needs the CUDA toolkit's headers)
 check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops
 	$(PYTHON) tests/cuda_emu/mutants.py $(B) $(EMU_CXX) $(EMU_FLAGS) -w
+# A mode, or one test of it: deterministic:test_vision.
 EMU_MODES ?= exact deterministic fast
 check-emu-ops: $(EMU_SO) $(B)/tests/ops/cuda_ops
-	@printf '%s\n' $(EMU_MODES) | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c '$(B)/tests/ops/cuda_ops {} >$(B)/emu/{}.log 2>&1; rc=$$?; cat $(B)/emu/{}.log; exit $$rc'
+	@printf '%s\n' $(EMU_MODES) | $(EMU_ENV) xargs -P $$(nproc) -I{} sh -c 'log=$(B)/emu/{}.log; $(B)/tests/ops/cuda_ops $$(echo {} | tr : " ") >$$log 2>&1; rc=$$?; cat $$log; exit $$rc'
 # EMU_GOLDENS and EMU_DEVICE choose some of them ("-k ..."): all take half an hour.
 EMU_GOLDENS ?=
 EMU_DEVICE ?=
