@@ -123,8 +123,9 @@ QVL_API int qvl_option_info(int index, const char **name, const char **type, con
 
 /* Loads a Hugging Face directory (config.json, tokenizer.json, *.safetensors ...), or one that qvl_quantize made, whose
  * weights are mapped: that takes no time, processes share them, and the file must stay as it is while the model lives.
- * Options: device, dtype, threads, chat_template, progress. QVL_EUNSUPPORTED names an unknown architecture, tensor or
- * template; QVL_EFORMAT a missing, extra, misshapen or truncated one. Other files are not needed after it returns. */
+ * Options: device, dtype, threads, chat_template, progress, gpu_memory_utilization, deterministic. QVL_ENODEV: device is "cuda"
+ * and the plug-in, the driver or the GPU is missing, as the message says. QVL_EUNSUPPORTED names an unknown architecture,
+ * tensor or template; QVL_EFORMAT a missing, extra, misshapen or truncated one. Other files are not needed after it returns. */
 QVL_API int qvl_model_load(qvl_model **out, const char *path, const qvl_options *o);
 QVL_API void qvl_model_free(qvl_model *m);
 /* A JSON object: family, template, dtype, device, isa, threads, weight_bytes, parameters, vocab_size, max_context,

@@ -21,7 +21,7 @@ BUDGETS = pathlib.Path(__file__).with_name("budgets.json")
 # Threads, registers, shared memory (KiB), blocks of a multiprocessor: CUDA C++ programming guide, "compute capabilities".
 LIMITS = {80: (2048, 65536, 164, 32), 86: (1536, 65536, 100, 16), 89: (1536, 65536, 100, 24), 90: (2048, 65536, 228, 32), 100: (2048, 65536, 228, 32), 120: (1536, 65536, 100, 24)}
 # Threads and dynamic shared memory (bytes) of a block, as the launches give them (head_dim 128 where it matters).
-LAUNCHES = {"gemm_mma": (256, 46080), "gemm_exact": (256, 16896), "gemv": (128, 0), "flash": (256, None), "attend": (128, 37120)}
+LAUNCHES = {"gemm_mma": (256, None), "gemm_exact": (256, 16896), "gemv": (128, 0), "flash": (256, None), "attend": (128, 37120)}
 # Tensor cores, matrix loads from shared memory, asynchronous copies.
 NEEDED = {"gemm_mma": ["HMMA", "LDSM", "LDGSTS"], "flash": ["HMMA", "LDSM", "LDGSTS"]}
 REGISTER_ROOM = 8  # a new compiler may take so many more
@@ -84,7 +84,8 @@ def occupancy(kernel, arch, registers):
     threads, file, shared, blocks = LIMITS[arch]
     mine, bytes_ = LAUNCHES.get(kernel.split("<")[0], (256, 0))
     if bytes_ is None:
-        bytes_ = 2 * 2 * 32 * (int(re.search(r"<(\d+)>", kernel)[1]) * 32 + 16)
+        last = int(re.search(r"(\d+)>", kernel)[1])
+        bytes_ = 3 * (64 + 32 * last) * 80 if kernel.startswith("gemm_mma") else 2 * 2 * 32 * (last * 32 + 16)
     fit = min(threads // mine, file // (-(-registers // 8) * 8 * mine), blocks, shared * 1024 // (bytes_ + 1024))
     return fit * mine / threads
 

@@ -31,7 +31,7 @@ struct Device {
 std::vector<Device> devices;
 std::map<char *, size_t> pinned;
 size_t memory_bytes;
-int sm_count = 8; /* few: grids that are sized by it stay small */
+int sm_count = 1; /* few: grids that are sized by it stay small */
 
 Device &device(int d) {
     if (devices.empty()) {

@@ -246,8 +246,8 @@ def bench_kernels(dtype: str = "auto", threads: int = 0, progress: Optional[Call
 class Model(Handle):
     """A Qwen3-VL checkpoint, loaded from a Hugging Face directory.
 
-    device: "auto" or "cpu". dtype: "auto" (as stored), "f32" (exact arithmetic on the stored weights), "bf16", "int8" or
-    "int4" (rounded while loading; quantize() does that once and for all).
+    device: "auto" (a GPU if there is one), "cpu" or "cuda". dtype: "auto" (as stored), "f32" (exact arithmetic on the
+    stored weights), "bf16", "int8" or "int4" (rounded while loading; quantize() does that once and for all).
     threads: 0 for one per processor. Other options: chat_template. `progress(done, total)` is called with bytes while the
     weights load; an exception in it stops the load.
     Raises Error: QVL_EIO, QVL_EFORMAT (damaged checkpoint), QVL_EUNSUPPORTED (another architecture or template).

@@ -48,7 +48,7 @@ struct cuda {
     const qvl__host *host;
     qvl__device *cpu;
     std::recursive_mutex *lock;
-    int gpu;
+    int gpu, processors; /* processors: streaming multiprocessors */
     bool deterministic;
     double memory;
     char isa[32], failure[256];

@@ -102,11 +102,17 @@ static void few_rows(cuda *c, const finish &f, const uint16_t *x, int rows, cons
     if (w.type == QVL__Q4) run_gemv<QVL__Q4>(c, f, x, rows, w);
 }
 
+template <int TYPE> static void run_mma(cuda *c, const finish &f, const uint16_t *x, int rows, const rows_of &w) {
+    int tiles = div_up(rows, MMA_M);
+    if (div_up(w.n, MMA_N(4)) * tiles >= 2 * c->processors)
+        LAUNCH(c, (gemm_mma<TYPE, 4>), dim3(div_up(w.n, MMA_N(4)), tiles), dim3(MMA_THREADS), MMA_SHARED(4), f, x, rows, w);
+    else LAUNCH(c, (gemm_mma<TYPE, 2>), dim3(div_up(w.n, MMA_N(2)), tiles), dim3(MMA_THREADS), MMA_SHARED(2), f, x, rows, w);
+}
+
 static void tensor_cores(cuda *c, const finish &f, const uint16_t *x, int rows, const rows_of &w) {
-    dim3 grid(div_up(w.n, MMA_N), div_up(rows, MMA_M)), block(MMA_THREADS);
-    if (w.type == QVL__BF16) LAUNCH(c, gemm_mma<QVL__BF16>, grid, block, MMA_SHARED, f, x, rows, w);
-    if (w.type == QVL__Q8) LAUNCH(c, gemm_mma<QVL__Q8>, grid, block, MMA_SHARED, f, x, rows, w);
-    if (w.type == QVL__Q4) LAUNCH(c, gemm_mma<QVL__Q4>, grid, block, MMA_SHARED, f, x, rows, w);
+    if (w.type == QVL__BF16) run_mma<QVL__BF16>(c, f, x, rows, w);
+    if (w.type == QVL__Q8) run_mma<QVL__Q8>(c, f, x, rows, w);
+    if (w.type == QVL__Q4) run_mma<QVL__Q4>(c, f, x, rows, w);
 }
 
 static void exact(cuda *c, const finish &f, const float *x, int rows, const rows_of &w) {

@@ -187,6 +187,7 @@ static int look(cuda *c, int *count) {
     e = cudaGetDeviceProperties(&p, c->gpu);
     if (e != cudaSuccess) return c->host->fail(QVL_ENODEV, "GPU %d: %s", c->gpu, cudaGetErrorString(e));
     if (p.major < 8) return c->host->fail(QVL_ENODEV, "GPU %d (%s) has compute capability %d.%d; 8.0 (Ampere) is the least", c->gpu, p.name, p.major, p.minor);
+    c->processors = p.multiProcessorCount;
     snprintf(c->isa, sizeof c->isa, "sm_%d%d", p.major, p.minor);
     return 0;
 }

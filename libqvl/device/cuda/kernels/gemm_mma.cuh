@@ -3,9 +3,10 @@
  * Job:        y = epilogue(x W^T + bias) for BF16 (deterministic mode), Q8 and Q4 matrices.
  * Input:      x rounded to bf16, [rows][kp].
  * Output:     float rows.
- * Invariants: a block has MMA_M rows and MMA_N columns and walks k in steps of 32 = one group of integers: those are
- *             multiplied as integers (exact in bf16) and the group's sum is scaled once. The order of k is fixed and no
- *             row sees another, so a row's result is the same for any number of rows.
+ * Invariants: a block has MMA_M rows and MMA_N(PARTS) columns (fewer where there would be too few blocks) and walks k in steps
+ *             of 32 = one group of integers: those are multiplied as integers (exact in bf16) and the group's sum is scaled
+ *             once. The order of k is fixed and no row or column sees another, so a row's result is the same for any number
+ *             of rows and any PARTS.
  *
  * Three stages of cp.async: while a step is multiplied the next two are on their way. Lines of a stage have 16 spare
  * bytes so that the 8 addresses of an ldmatrix lie in different banks.
@@ -17,13 +18,13 @@
 #include "layout.cuh"
 
 #define MMA_M 64
-#define MMA_N 128
 #define MMA_K 32
 #define MMA_STAGES 3
 #define MMA_THREADS 256
 #define MMA_LINE (MMA_K * 2 + 16)
-#define MMA_STAGE ((MMA_M + MMA_N) * MMA_LINE)
-#define MMA_SHARED (MMA_STAGES * MMA_STAGE)
+#define MMA_N(PARTS) (32 * (PARTS))
+#define MMA_STAGE(PARTS) ((MMA_M + MMA_N(PARTS)) * MMA_LINE)
+#define MMA_SHARED(PARTS) (MMA_STAGES * MMA_STAGE(PARTS))
 
 /* Bytes of 32 weights in memory. */
 template <int TYPE> struct step_of {
@@ -38,7 +39,7 @@ template <int TYPE> __device__ __forceinline__ uint32_t weight_pair(const char *
 }
 
 /* Brings step number s of x and w into a stage. Lines past the end are zeros. */
-template <int TYPE> __device__ __forceinline__ void bring(char *stage, const uint16_t *x, int rows, const rows_of &w, int r0, int c0, int s) {
+template <int TYPE, int PARTS> __device__ __forceinline__ void bring(char *stage, const uint16_t *x, int rows, const rows_of &w, int r0, int c0, int s) {
     const int bytes = step_of<TYPE>::bytes, pieces = bytes / 16;
     {
         int line = threadIdx.x / 4, part = threadIdx.x % 4 * 16; /* 64 lines of 4 pieces: one for each thread */
@@ -46,7 +47,7 @@ template <int TYPE> __device__ __forceinline__ void bring(char *stage, const uin
         qvl_cp_async16(stage + line * MMA_LINE + part, (const char *)(x + (size_t)(in ? r0 + line : 0) * w.kp + s * MMA_K) + part, in);
     }
     char *to = stage + MMA_M * MMA_LINE;
-    for (int i = threadIdx.x; i < MMA_N * pieces; i += MMA_THREADS) {
+    for (int i = threadIdx.x; i < MMA_N(PARTS) * pieces; i += MMA_THREADS) {
         int line = i / pieces, part = i % pieces * 16;
         bool in = c0 + line < w.n;
         size_t step = (size_t)(in ? c0 + line : 0) * (w.kp / MMA_K) + s;
@@ -54,46 +55,47 @@ template <int TYPE> __device__ __forceinline__ void bring(char *stage, const uin
     }
 }
 
-template <int TYPE> static __global__ void __launch_bounds__(MMA_THREADS) gemm_mma(finish f, const uint16_t *x, int rows, rows_of w) {
+/* PARTS (2 or 4): groups of 8 columns that a warp has. */
+template <int TYPE, int PARTS> static __global__ void __launch_bounds__(MMA_THREADS) gemm_mma(finish f, const uint16_t *x, int rows, rows_of w) {
     QVL_SHARED(char, shared);
     const bool integers = TYPE != QVL__BF16;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r0 = blockIdx.y * MMA_M, c0 = blockIdx.x * MMA_N, steps = w.kp / MMA_K;
-    int wr = warp / 4 * 32, wc = warp % 4 * 32; /* a warp has 32 x 32 of the block */
-    float acc[2][4][4] = {};
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r0 = blockIdx.y * MMA_M, c0 = blockIdx.x * MMA_N(PARTS), steps = w.kp / MMA_K;
+    int wr = warp / 4 * 32, wc = warp % 4 * 8 * PARTS; /* of the block; a warp has 32 x 8 PARTS */
+    float acc[2][PARTS][4] = {};
     for (int s = 0; s < MMA_STAGES - 1; s++) {
-        if (s < steps) bring<TYPE>(shared + s * MMA_STAGE, x, rows, w, r0, c0, s);
+        if (s < steps) bring<TYPE, PARTS>(shared + s * MMA_STAGE(PARTS), x, rows, w, r0, c0, s);
         qvl_cp_async_commit();
     }
     for (int s = 0; s < steps; s++) {
         qvl_cp_async_wait<MMA_STAGES - 2>();
         __syncthreads(); /* step s is there for all, and all are done with the stage that is filled next */
         int next = s + MMA_STAGES - 1;
-        if (next < steps) bring<TYPE>(shared + next % MMA_STAGES * MMA_STAGE, x, rows, w, r0, c0, next);
+        if (next < steps) bring<TYPE, PARTS>(shared + next % MMA_STAGES * MMA_STAGE(PARTS), x, rows, w, r0, c0, next);
         qvl_cp_async_commit();
-        const char *a = shared + s % MMA_STAGES * MMA_STAGE, *b = a + MMA_M * MMA_LINE;
-        float group[2][4][4] = {};
+        const char *a = shared + s % MMA_STAGES * MMA_STAGE(PARTS), *b = a + MMA_M * MMA_LINE;
+        float group[2][PARTS][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            uint32_t af[2][4], bf[4][2];
+            uint32_t af[2][4], bf[PARTS][2];
             for (int i = 0; i < 2; i++) /* matrices: rows 0-7 and 8-15 of k 0-7, then of k 8-15 */
                 qvl_ldmatrix_x4(af[i], a + (wr + 16 * i + lane % 16) * MMA_LINE + half * 32 + lane / 16 * 16);
             if (!integers) {
-                for (int j = 0; j < 4; j += 2) { /* matrices: columns 0-7 of k 0-7 and 8-15, then columns 8-15 */
+                for (int j = 0; j < PARTS; j += 2) { /* matrices: columns 0-7 of k 0-7 and 8-15, then columns 8-15 */
                     uint32_t q[4];
                     qvl_ldmatrix_x4(q, b + (wc + 8 * j + lane / 16 * 8 + lane % 8) * MMA_LINE + half * 32 + lane / 8 % 2 * 16);
                     bf[j][0] = q[0], bf[j][1] = q[1], bf[j + 1][0] = q[2], bf[j + 1][1] = q[3];
                 }
             } else
-                for (int j = 0; j < 4; j++) {
+                for (int j = 0; j < PARTS; j++) {
                     const char *line = b + (wc + 8 * j + lane / 4) * MMA_LINE;
                     int k = half * 16 + lane % 4 * 2;
                     bf[j][0] = weight_pair<TYPE>(line, k), bf[j][1] = weight_pair<TYPE>(line, k + 8);
                 }
             for (int i = 0; i < 2; i++)
-                for (int j = 0; j < 4; j++) qvl_mma_16816(integers ? group[i][j] : acc[i][j], af[i], bf[j]);
+                for (int j = 0; j < PARTS; j++) qvl_mma_16816(integers ? group[i][j] : acc[i][j], af[i], bf[j]);
         }
         if (integers)
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < PARTS; j++) {
                 int c = c0 + wc + 8 * j + lane % 4 * 2;
                 float by[2] = {c < w.n ? wide_bf16(w.scales[(size_t)c * steps + s]) : 0.0f, c + 1 < w.n ? wide_bf16(w.scales[(size_t)(c + 1) * steps + s]) : 0.0f};
                 for (int i = 0; i < 2; i++)
@@ -103,7 +105,7 @@ template <int TYPE> static __global__ void __launch_bounds__(MMA_THREADS) gemm_m
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < PARTS; j++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int r = r0 + wr + 16 * i + 8 * h + lane / 4, c = c0 + wc + 8 * j + lane % 4 * 2;
