@@ -121,7 +121,9 @@ static int common_type(loader *l, const source *ts, int n, qvl__type *out) {
 
 /* The matrix goes onto the list of all, which frees it one day. */
 static void enlist(loader *l, qvl__matrix *m) {
-    qvl__matrix **all = qvl__array(l->w->matrices, l->w->n_matrices + 1, sizeof(qvl__matrix *));
+    size_t n = l->w->n_matrices;
+    qvl__matrix **all = l->w->matrices;
+    if ((n & (n - 1)) == 0) all = qvl__array(all, n ? 2 * n : 1, sizeof(qvl__matrix *)); /* full at every power of two */
     if (all) {
         l->w->matrices = all;
         all[l->w->n_matrices++] = m;

@@ -39,6 +39,13 @@ static void *load(void) {
         if (!so) qvl__fail(QVL_ENODEV, "QVL_CUDA_PLUGIN: %s", dlerror());
         return so;
     }
+    /* The plug-in brings large libraries with it, for which a machine without a driver has no use. */
+    void *driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+    if (!driver) {
+        qvl__fail(QVL_ENODEV, "no NVIDIA driver is installed (%s)", dlerror());
+        return NULL;
+    }
+    dlclose(driver);
     char beside[4096];
     Dl_info here;
     const char *end = dladdr((void *)(uintptr_t)names, &here) && here.dli_fname ? strrchr(here.dli_fname, '/') : NULL;

@@ -34,7 +34,6 @@ typedef struct qvl__device qvl__device;
 typedef struct {
     bool bf16_math;     /* products of matmul may round activations to bf16, where the device has such products */
     bool deterministic; /* GPU: kernels whose rows do not depend on the batch (on the CPU they never do) */
-    int gpus;           /* GPU: how many share the model, tensor parallel */
     double memory;      /* GPU: the part of its memory that may be used, 0..1 */
 } qvl__device_options;
 
@@ -106,7 +105,8 @@ struct qvl__device {
     void (*get)(qvl__device *d, void *host, const void *src, size_t size);
 
     /* Weights. put packs count rows [count][k] of type src_type, which become output features first, first + 1, ...;
-     * converting to the matrix's type (round to nearest even; Q8 and Q4: the scale with the least squared error). For gate_up, features 0..n/2-1 are gate, the rest up. */
+     * converting to the matrix's type (round to nearest even; Q8 and Q4: the scale with the least squared error). For gate_up, features 0..n/2-1 are gate, the rest up.
+     * A Q8 or Q4 matrix is put whole before the next one is begun. */
     int (*matrix_new)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up);
     void (*matrix_put)(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
     void (*matrix_free)(qvl__device *d, qvl__matrix *m);

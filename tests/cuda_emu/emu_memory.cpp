@@ -1,7 +1,7 @@
 /* emu_memory.cpp - devices, their memory, copies.
  *
  * Job:        the CUDA runtime's functions on devices, properties, memory and copies.
- * Input:      QVL_EMU_DEVICES (1), QVL_EMU_MEMORY (2 GiB each), QVL_EMU_NO_DEVICE (1: no device, driver: no driver).
+ * Input:      QVL_EMU_DEVICES (1), QVL_EMU_MEMORY (2 GiB each), QVL_EMU_NO_DEVICE (1: no device, driver: no driver, old: one of CUDA 12.4).
  * Output:     allocations in a range of addresses per device; copies as operations on streams.
  * Invariants: device memory is inaccessible while host code runs; a kernel reaches its own device's only; fresh and freed
  *             memory is 0xFF; a zone of 0xFF follows every allocation; an address range is reused late;
@@ -206,7 +206,7 @@ int device_count() {
 cudaError_t no_device() {
     const char *v = getenv("QVL_EMU_NO_DEVICE");
     if (!v || !*v || strcmp(v, "0") == 0) return cudaSuccess;
-    return strcmp(v, "driver") == 0 ? cudaErrorInsufficientDriver : cudaErrorNoDevice;
+    return strcmp(v, "driver") == 0 || strcmp(v, "old") == 0 ? cudaErrorInsufficientDriver : cudaErrorNoDevice;
 }
 
 const Allocation *find_allocation(const void *p) {
@@ -372,7 +372,7 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all) {
 }
 
 cudaError_t cudaDriverGetVersion(int *v) {
-    *v = no_device() == cudaErrorInsufficientDriver ? 0 : CUDART_VERSION;
+    *v = no_device() != cudaErrorInsufficientDriver ? CUDART_VERSION : strcmp(getenv("QVL_EMU_NO_DEVICE"), "old") == 0 ? 12040 : 0;
     return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int *v) {

@@ -63,9 +63,10 @@ def test_no_gpu():
 def test_emulated_absence():
     plugin = os.environ["QVL_CUDA_PLUGIN"]
     assert "no NVIDIA GPU is visible" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="1")
-    assert "knows CUDA 12.4, libqvl-cuda needs" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="driver")
+    assert "no NVIDIA driver is installed" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="driver")
+    assert "knows CUDA 12.4, libqvl-cuda needs" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="old")
     assert opened("auto", QVL_CUDA_PLUGIN=plugin, QVL_EMU_NO_DEVICE="1") == "cpu"
-    assert "cudaErrorMemoryAllocation" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_MEMORY="64")
+    assert "out of memory while its workspace was set up" in opened("cuda", QVL_CUDA_PLUGIN=plugin, QVL_EMU_MEMORY=str(64 << 20))
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU

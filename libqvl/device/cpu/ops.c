@@ -6,9 +6,9 @@
  * Invariants: tasks split outputs (rows or columns), so results are the same for every number of threads;
  *             per-worker scratch is taken here, once, and no op allocates.
  */
-#include <math.h>
 #include <string.h>
 
+#include "../route.h"
 #include "cpu.h"
 
 /* ---- memory ---- */
@@ -159,23 +159,9 @@ static void cpu_scatter_scaled(qvl__device *d, float *y, const float *x, const i
     qvl__pool_run(d->pool, j.tasks, scatter_task, &j);
 }
 
-/* Softmax over all experts and then dividing by the sum of the chosen is softmax over the chosen: the common sum cancels. */
 static void cpu_moe_route(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {
     (void)d;
-    for (int r = 0; r < rows; r++) {
-        const float *l = logits + (size_t)r * (size_t)experts;
-        int32_t *e = expert + (size_t)r * (size_t)top_k;
-        float *w = weight + (size_t)r * (size_t)top_k, sum = 0;
-        int n = 0;
-        for (int i = 0; i < experts; i++) { /* insertion into a short list; a later equal stays behind */
-            if (n == top_k && !(l[i] > l[e[n - 1]])) continue;
-            int at = n < top_k ? n++ : n - 1;
-            for (; at > 0 && l[i] > l[e[at - 1]]; at--) e[at] = e[at - 1];
-            e[at] = i;
-        }
-        for (int k = 0; k < top_k; k++) sum += w[k] = expf(l[e[k]] - l[e[0]]);
-        for (int k = 0; k < top_k; k++) w[k] /= sum;
-    }
+    for (size_t r = 0; r < (size_t)rows; r++) qvl__route_row(expert + r * (size_t)top_k, weight + r * (size_t)top_k, logits + r * (size_t)experts, experts, top_k);
 }
 
 /* ---- open and close ---- */

@@ -25,9 +25,9 @@ extern "C" {
 #define GRAPHS 64                       /* recorded steps that are kept */
 #define LT_PLANS 256                    /* remembered choices of cuBLASLt */
 
-/* A quantised matrix that is being filled: the CPU rounds it, and it is uploaded when its last feature has come. */
+/* The integer matrix that is being filled: the CPU rounds it, and it is uploaded when its last feature has come. */
 struct filling {
-    const void *data; /* of the GPU's matrix; NULL: free */
+    const void *data; /* of the GPU's matrix; NULL: none */
     qvl__matrix host;
     int features;
 };
@@ -60,11 +60,11 @@ struct cuda {
     cudaEvent_t staged[STAGES];
     int stage;
     size_t stage_at;
-    filling fill[4];
+    filling fill;
     lt_plan plans[LT_PLANS];
     graph graphs[GRAPHS];
     uint64_t clock;
-    int recording; /* index of the graph being recorded, -1: none */
+    graph *recording; /* NULL: none */
 };
 
 static inline cuda *of(qvl__device *d) { return reinterpret_cast<cuda *>(d); }
@@ -84,7 +84,9 @@ struct entered {
     entered(const entered &) = delete;
 };
 
-/* Keeps the first failure; true when e is none. */
+/* Keeps the first failure, for sync. */
+void cuda_failed(cuda *c, int code, const char *what, const char *why);
+/* The same for a call of the runtime; true when it succeeded. */
 bool cuda_ok(cuda *c, cudaError_t e, const char *what);
 
 #define LAUNCH(c, kernel, grid, block, smem, ...)                              \

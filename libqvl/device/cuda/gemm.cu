@@ -21,9 +21,7 @@
 /* ---- cuBLASLt ---- */
 
 static void lt_ok(cuda *c, cublasStatus_t s, const char *what) {
-    if (s == CUBLAS_STATUS_SUCCESS || c->failed) return;
-    c->failed = QVL_ENODEV;
-    snprintf(c->failure, sizeof c->failure, "%s on GPU %d: %s", what, c->gpu, cublasLtGetStatusString(s));
+    if (s != CUBLAS_STATUS_SUCCESS) cuda_failed(c, QVL_ENODEV, what, cublasLtGetStatusString(s));
 }
 
 /* What a product looks like to cuBLASLt, column-major: y^T [n][rows] = W [n][k] x^T [k][rows]. */

@@ -12,13 +12,15 @@
 #include <stdio.h>
 #include <string.h>
 
+void cuda_failed(cuda *c, int code, const char *what, const char *why) {
+    if (c->failed) return;
+    c->failed = code;
+    snprintf(c->failure, sizeof c->failure, "%s on GPU %d: %s", what, c->gpu, why);
+}
+
 bool cuda_ok(cuda *c, cudaError_t e, const char *what) {
-    if (e == cudaSuccess) return true;
-    if (!c->failed) {
-        c->failed = e == cudaErrorMemoryAllocation ? QVL_ENOMEM : QVL_ENODEV;
-        snprintf(c->failure, sizeof c->failure, "%s on GPU %d: %s (%s)", what, c->gpu, cudaGetErrorString(e), cudaGetErrorName(e));
-    }
-    return false;
+    if (e != cudaSuccess) cuda_failed(c, e == cudaErrorMemoryAllocation ? QVL_ENOMEM : QVL_ENODEV, what, cudaGetErrorString(e));
+    return e == cudaSuccess;
 }
 
 /* ---- memory ---- */
@@ -108,42 +110,31 @@ static bool replay(qvl__device *d, const uint64_t key[4]) {
     cuda *c = of(d);
     c->lock->lock(); /* held until recorded: no other thread's work may get into the graph */
     cudaSetDevice(c->gpu);
-    c->recording = -1;
-    graph *g = &c->graphs[0];
+    graph *g = NULL, *oldest = &c->graphs[0];
     for (graph &i : c->graphs) {
-        if (i.used && memcmp(i.key, key, sizeof i.key) == 0) {
-            g = &i;
-            break;
-        }
-        if (i.used < g->used) g = &i;
+        if (i.used && memcmp(i.key, key, sizeof i.key) == 0) g = &i;
+        if (i.used < oldest->used) oldest = &i;
     }
-    bool known = g->used && memcmp(g->key, key, sizeof g->key) == 0;
-    if (known && g->exec) {
-        g->used = ++c->clock;
-        cuda_ok(c, cudaGraphLaunch(g->exec, c->stream), "a recorded step");
-        c->lock->unlock();
-        return true;
-    }
-    if (known) {
-        if (cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording a step")) c->recording = (int)(g - c->graphs);
-    } else {
-        forget(c, g);
-        memcpy(g->key, key, sizeof g->key);
-    }
-    g->used = ++c->clock;
-    return false;
+    if (!g) {
+        forget(c, oldest);
+        memcpy(oldest->key, key, sizeof oldest->key);
+    } else if (g->exec) cuda_ok(c, cudaGraphLaunch(g->exec, c->stream), "a recorded step");
+    else if (cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "recording a step")) c->recording = g;
+    (g ? g : oldest)->used = ++c->clock;
+    if (!g || !g->exec) return false;
+    c->lock->unlock();
+    return true;
 }
 
 static void recorded(qvl__device *d) {
     cuda *c = of(d);
-    if (c->recording >= 0) {
-        graph *g = &c->graphs[c->recording];
+    if (c->recording) {
         cudaGraph_t made = NULL;
-        if (cuda_ok(c, cudaStreamEndCapture(c->stream, &made), "recording a step") && cuda_ok(c, cudaGraphInstantiate(&g->exec, made, 0), "recording a step")) {
-            cuda_ok(c, cudaGraphLaunch(g->exec, c->stream), "a recorded step");
-        }
+        cudaGraphExec_t *exec = &c->recording->exec;
+        if (cuda_ok(c, cudaStreamEndCapture(c->stream, &made), "recording a step") && cuda_ok(c, cudaGraphInstantiate(exec, made, 0), "recording a step"))
+            cuda_ok(c, cudaGraphLaunch(*exec, c->stream), "a recorded step");
         if (made) cudaGraphDestroy(made);
-        c->recording = -1;
+        c->recording = NULL;
     }
     c->lock->unlock();
 }
@@ -156,8 +147,7 @@ static void close_device(qvl__device *d) {
     cudaSetDevice(c->gpu);
     if (c->stream) cudaStreamSynchronize(c->stream);
     for (graph &g : c->graphs) forget(c, &g);
-    for (filling &f : c->fill)
-        if (f.data) c->cpu->matrix_free(c->cpu, &f.host);
+    c->cpu->matrix_free(c->cpu, &c->fill.host);
     if (c->lt) cublasLtDestroy(c->lt);
     for (cudaEvent_t e : c->staged)
         if (e) cudaEventDestroy(e);
@@ -171,8 +161,9 @@ static void close_device(qvl__device *d) {
 }
 
 /* What the GPU must be; a message when it is not. */
-static int look(cuda *c, int *count) {
-    cudaError_t e = cudaGetDeviceCount(count);
+static int look(cuda *c) {
+    int count = 0;
+    cudaError_t e = cudaGetDeviceCount(&count);
     if (e == cudaErrorInsufficientDriver) {
         int driver = 0, runtime = 0;
         cudaDriverGetVersion(&driver);
@@ -181,8 +172,8 @@ static int look(cuda *c, int *count) {
         return c->host->fail(QVL_ENODEV, "the NVIDIA driver knows CUDA %d.%d, libqvl-cuda needs %d.%d: install a newer driver", driver / 1000, driver % 100 / 10,
                              runtime / 1000, runtime % 100 / 10);
     }
-    if (e == cudaErrorNoDevice || (e == cudaSuccess && *count == 0)) return c->host->fail(QVL_ENODEV, "no NVIDIA GPU is visible (see nvidia-smi and CUDA_VISIBLE_DEVICES)");
-    if (e != cudaSuccess) return c->host->fail(QVL_ENODEV, "CUDA cannot be used: %s (%s)", cudaGetErrorString(e), cudaGetErrorName(e));
+    if (e == cudaErrorNoDevice || (e == cudaSuccess && count == 0)) return c->host->fail(QVL_ENODEV, "no NVIDIA GPU is visible (see nvidia-smi and CUDA_VISIBLE_DEVICES)");
+    if (e != cudaSuccess) return c->host->fail(QVL_ENODEV, "CUDA cannot be used: %s", cudaGetErrorString(e));
     cudaDeviceProp p;
     e = cudaGetDeviceProperties(&p, c->gpu);
     if (e != cudaSuccess) return c->host->fail(QVL_ENODEV, "GPU %d: %s", c->gpu, cudaGetErrorString(e));
@@ -213,9 +204,8 @@ static int open_device(qvl__device **out, qvl__device *cpu, const qvl__device_op
     c->cpu = cpu;
     c->memory = o->memory;
     c->deterministic = o->deterministic;
-    c->recording = -1;
     c->lock = new (std::nothrow) std::recursive_mutex;
-    int count = 0, rc = c->lock ? look(c, &count) : host->fail(QVL_ENOMEM, "no memory for a lock");
+    int rc = c->lock ? look(c) : host->fail(QVL_ENOMEM, "no memory for a lock");
     if (rc == 0) rc = take(c);
     if (rc) {
         close_device(&c->device);

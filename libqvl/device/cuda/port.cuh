@@ -3,8 +3,8 @@
  * Job:        launches, shared memory, tensor-core and asynchronous-copy instructions, bf16 pairs.
  * Input:      QVL_CUDA_EMU: the emulator's header defines the same names in plain C++.
  * Output:     one text of every kernel for both.
- * Invariants: all inline PTX of the backend is here, each piece behind a function that the emulator models and
- *             that make check-gpu compares with its model; all shared memory is dynamic.
+ * Invariants: all inline PTX of the backend is here, each piece behind a function that the emulator models; on a GPU the op
+ *             tests (make check-gpu) hold the kernels made of them to the reference; all shared memory is dynamic.
  */
 #ifndef QVL__PORT_CUH
 #define QVL__PORT_CUH

@@ -21,16 +21,6 @@ static int matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int
     size_t bytes = rows_bytes(type, n, k) + (integers ? (size_t)n * (size_t)(padded(k) / 32) * 2 : 0);
     void *data = cuda_alloc(d, bytes);
     if (!data) return QVL_ENOMEM;
-    filling *f = NULL;
-    for (int i = 0; integers && i < (int)(sizeof c->fill / sizeof *c->fill) && !f; i++)
-        if (!c->fill[i].data) f = &c->fill[i];
-    int rc = 0;
-    if (integers) rc = f ? c->cpu->matrix_new(c->cpu, &f->host, type, n, k, gate_up) : c->host->fail(QVL_EINTERNAL, "too many weights are being filled at the same time");
-    if (rc) {
-        cuda_free(d, data, bytes);
-        return rc;
-    }
-    if (f) f->data = data, f->features = 0;
     m->type = type, m->n = n, m->k = k, m->gate_up = gate_up, m->bytes = bytes, m->data = data;
     return 0;
 }
@@ -48,15 +38,28 @@ static void upload(qvl__device *d, const qvl__matrix *m, const void *panels, siz
     }
 }
 
+/* Integers: the CPU gets the rows until it has all. */
+static void round(cuda *c, const qvl__matrix *m, int first, int count, qvl__type src_type, const void *src) {
+    filling *f = &c->fill;
+    int rc = 0;
+    if (!f->data) rc = c->cpu->matrix_new(c->cpu, &f->host, m->type, m->n, m->k, m->gate_up);
+    else if (f->data != m->data) rc = QVL_EINTERNAL;
+    if (rc) {
+        cuda_failed(c, rc, "rounding a weight", rc == QVL_ENOMEM ? "out of host memory" : "another one is not complete");
+        return;
+    }
+    f->data = m->data;
+    c->cpu->matrix_put(c->cpu, &f->host, first, count, src_type, src);
+    if ((f->features += count) < m->n) return;
+    upload(&c->device, m, f->host.data, f->host.bytes);
+    c->cpu->matrix_free(c->cpu, &f->host);
+    *f = filling{};
+}
+
 static void matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src) {
     entered c(d);
-    for (filling &f : c->fill) {
-        if (f.data != m->data) continue;
-        c->cpu->matrix_put(c->cpu, &f.host, first, count, src_type, src);
-        if ((f.features += count) < m->n) return;
-        upload(d, m, f.host.data, f.host.bytes);
-        c->cpu->matrix_free(c->cpu, &f.host);
-        f = filling{};
+    if (qvl__type_quantised(m->type)) {
+        round(c, m, first, count, src_type, src);
         return;
     }
     size_t row = (size_t)m->k * qvl__type_size(src_type);
@@ -75,22 +78,16 @@ static int matrix_map(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int
     if (rc) return rc;
     c->cpu->matrix_free(c->cpu, &checked);
     if ((rc = matrix_new(d, m, type, n, k, gate_up)) < 0) return rc;
-    for (filling &f : c->fill)
-        if (f.data == m->data) { /* nothing is going to be rounded */
-            c->cpu->matrix_free(c->cpu, &f.host);
-            f = filling{};
-        }
     upload(d, m, data, bytes);
     return 0;
 }
 
 static void matrix_free(qvl__device *d, qvl__matrix *m) {
     entered c(d);
-    for (filling &f : c->fill)
-        if (m->data && f.data == m->data) {
-            c->cpu->matrix_free(c->cpu, &f.host);
-            f = filling{};
-        }
+    if (m->data && c->fill.data == m->data) { /* loading was given up */
+        c->cpu->matrix_free(c->cpu, &c->fill.host);
+        c->fill = filling{};
+    }
     cuda_free(d, m->data, m->bytes);
     memset(m, 0, sizeof *m);
 }

@@ -59,7 +59,7 @@ __device__ __forceinline__ void cache_store(const keys_of &c, char *half, int t,
 __device__ __forceinline__ float cache_at(const keys_of &c, const char *half, int t, int i) {
     size_t at = (size_t)t * c.head_dim + i;
     if (c.type == QVL__I8) return (float)((const int8_t *)half)[at] * scales_at(c, half)[t];
-    return source_at(c.type, half, at);
+    return number_at(c.type, half, at);
 }
 
 /* Block (row, ·): CACHE_WARPS heads of q, k or v, a warp each. qkv [rows][(heads + 2 kv_heads) head_dim]. */

@@ -22,6 +22,11 @@ struct rows_of {
     const uint16_t *scales;
 };
 
+/* Number `at` of an array of F32, BF16 or F16. */
+__device__ __forceinline__ float number_at(int type, const void *src, size_t at) {
+    return type == QVL__F32 ? ((const float *)src)[at] : type == QVL__BF16 ? wide_bf16(((const uint16_t *)src)[at]) : __half2float(((const __half *)src)[at]);
+}
+
 __device__ __forceinline__ int q4_at(const uint8_t *row, int i) {
     uint8_t b = row[i / 32 * 16 + i % 16];
     return (i % 32 < 16 ? b & 15 : b >> 4) - 8;
@@ -30,21 +35,13 @@ __device__ __forceinline__ int q4_at(const uint8_t *row, int i) {
 /* Number i of row r. */
 __device__ __forceinline__ float weight_at(const rows_of &w, int r, int i) {
     size_t at = (size_t)r * w.kp + i;
-    switch (w.type) {
-    case QVL__F32: return ((const float *)w.data)[at];
-    case QVL__BF16: return wide_bf16(((const uint16_t *)w.data)[at]);
-    case QVL__F16: return __half2float(((const __half *)w.data)[at]);
-    case QVL__Q8: return wide_bf16(w.scales[at / 32]) * (float)((const int8_t *)w.data)[at];
-    default: return wide_bf16(w.scales[at / 32]) * (float)q4_at((const uint8_t *)w.data + (size_t)r * (w.kp / 2), i);
-    }
+    if (w.type == QVL__Q8) return wide_bf16(w.scales[at / 32]) * (float)((const int8_t *)w.data)[at];
+    if (w.type == QVL__Q4) return wide_bf16(w.scales[at / 32]) * (float)q4_at((const uint8_t *)w.data + (size_t)r * (w.kp / 2), i);
+    return number_at(w.type, w.data, at);
 }
 
 /* Feature f of a matrix with gate_up: its row. */
 __device__ __forceinline__ int row_of_feature(int f, int n, bool gate_up) { return !gate_up ? f : f < n / 2 ? 2 * f : 2 * (f - n / 2) + 1; }
-
-__device__ __forceinline__ float source_at(int type, const void *src, size_t at) {
-    return type == QVL__F32 ? ((const float *)src)[at] : type == QVL__BF16 ? wide_bf16(((const uint16_t *)src)[at]) : __half2float(((const __half *)src)[at]);
-}
 
 __device__ __forceinline__ void store_number(int type, void *dst, size_t at, float x) {
     if (type == QVL__F32) ((float *)dst)[at] = x;

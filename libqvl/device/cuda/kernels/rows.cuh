@@ -11,6 +11,8 @@
 
 #include "../port.cuh"
 
+#include "../../route.h"
+
 #define ROW_THREADS 256
 
 /* Sum over a block of ROW_THREADS threads, in every thread; part: one float for each warp. */
@@ -87,23 +89,10 @@ static __global__ void rope_vision_rows(float *qkv, int heads, int head_dim, con
     }
 }
 
-/* One thread for each row: a short sorted list, filled by insertion; a later equal stays behind. Softmax over the chosen
- * equals softmax over all divided by the sum of the chosen. */
+/* One thread for each row. */
 static __global__ void moe_route_rows(int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {
     int r = blockIdx.x * blockDim.x + threadIdx.x;
-    if (r >= rows) return;
-    const float *l = logits + (size_t)r * experts;
-    int32_t *e = expert + (size_t)r * top_k;
-    float *w = weight + (size_t)r * top_k, sum = 0;
-    int n = 0;
-    for (int i = 0; i < experts; i++) {
-        if (n == top_k && !(l[i] > l[e[n - 1]])) continue;
-        int at = n < top_k ? n++ : n - 1;
-        for (; at > 0 && l[i] > l[e[at - 1]]; at--) e[at] = e[at - 1];
-        e[at] = i;
-    }
-    for (int k = 0; k < top_k; k++) sum += w[k] = expf(l[e[k]] - l[e[0]]);
-    for (int k = 0; k < top_k; k++) w[k] /= sum;
+    if (r < rows) qvl__route_row(expert + (size_t)r * top_k, weight + (size_t)r * top_k, logits + (size_t)r * experts, experts, top_k);
 }
 
 #endif

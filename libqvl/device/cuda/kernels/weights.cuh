@@ -14,7 +14,7 @@
 static __global__ void put_rows(rows_of w, bool gate_up, int first, int src_type, const void *src) {
     size_t to = (size_t)row_of_feature(first + blockIdx.x, w.n, gate_up) * w.kp, from = (size_t)blockIdx.x * w.k;
     for (int i = threadIdx.x; i < w.kp; i += blockDim.x)
-        store_number(w.type, (void *)w.data, to + i, i < w.k ? source_at(src_type, src, from + i) : 0.0f);
+        store_number(w.type, (void *)w.data, to + i, i < w.k ? number_at(src_type, src, from + i) : 0.0f);
 }
 
 /* Block b: one feature out of panel number first + b / 16 of the CPU's layout; panels begins with panel `first`. */
