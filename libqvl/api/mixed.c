@@ -200,7 +200,7 @@ static int measure(const tap *t, part *p) {
     p->share = p->adds && p->rows > 0 ? fmin(1, sqrt(signal * p->m->n / n / p->rows)) : 1;
     for (int s = 0; s < STEPS && rc == 0; s++) {
         qvl__matrix q;
-        rc = t->real->matrix_new(t->real, &q, steps[s], n, k, false);
+        rc = t->real->matrix_new(t->real, &q, steps[s], n, k, (qvl__role){0});
         if (rc) break;
         t->real->matrix_put(t->real, &q, 0, n, QVL__F32, was);
         t->real->embed(t->real, is, &q, to, n);

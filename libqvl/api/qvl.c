@@ -34,7 +34,8 @@ static int load(qvl_model *m, const char *path, const qvl_options *o) {
     if (rc == 0 && qvl__token_limit(m->tokenizer) > m->config.text.vocab)
         rc = qvl__fail(QVL_EFORMAT, "%s: the tokenizer has ids up to %d, config.json's vocab_size is %d", path, qvl__token_limit(m->tokenizer) - 1, m->config.text.vocab);
     if (rc == 0) rc = qvl__pool_new(&m->pool, (int)qvl__opt_i64(o, "threads"));
-    qvl__device_options want = {.bf16_math = strcmp(dtype, "f32") != 0, .deterministic = qvl__opt_i64(o, "deterministic") != 0, .memory = qvl__opt_f64(o, "gpu_memory_utilization")};
+    qvl__device_options want = {.bf16_math = strcmp(dtype, "f32") != 0, .deterministic = qvl__opt_i64(o, "deterministic") != 0, .memory = qvl__opt_f64(o, "gpu_memory_utilization"),
+                                .gpus = (int)qvl__opt_i64(o, "tensor_parallel_size")};
     if (rc == 0) rc = qvl__device_open(&m->device, m->pool, qvl__opt_str(o, "device"), &want);
     if (rc == 0) rc = qvl__rope_init(m);
     m->kv_type = strcmp(dtype, "f32") == 0 ? QVL__F32 : QVL__BF16;

@@ -56,6 +56,9 @@ typedef struct {
 
 #define NONE ((source){0})
 
+static const qvl__role WHOLE = {0}, BY_OUTPUT = {QVL__BY_OUTPUT, false, 0, 0}, GATE_UP = {QVL__BY_OUTPUT, true, 0, 0}, BY_INPUT = {QVL__BY_INPUT, false, 0, 0},
+                       TABLE = {QVL__TABLE, false, 0, 0};
+
 /* Marks a tensor used, when it is there and has this shape. */
 static void check_shape(loader *l, qvl__tensor *t, const char *name, int64_t rows, int64_t cols) {
     if (!t) {
@@ -161,7 +164,7 @@ static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__F16, QVL__Q8, QVL__Q
 enum { TYPES = sizeof types / sizeof *types };
 
 /* A matrix of a packed file; its type is the end of its name. */
-static void map_matrix(loader *l, qvl__matrix *m, bool gate_up, int n, int k, const char *part) {
+static void map_matrix(loader *l, qvl__matrix *m, qvl__role role, int n, int k, const char *part) {
     char name[96];
     qvl__tensor *t = NULL;
     qvl__type type = QVL__F32;
@@ -174,7 +177,7 @@ static void map_matrix(loader *l, qvl__matrix *m, bool gate_up, int n, int k, co
         l->rc = qvl__fail(QVL_EFORMAT, "%s: weight %s%s is missing", l->dir, l->at, part);
         return;
     }
-    if ((l->rc = l->d->matrix_map(l->d, m, type, n, k, gate_up, t->data, t->bytes)) < 0) {
+    if ((l->rc = l->d->matrix_map(l->d, m, type, n, k, role, t->data, t->bytes)) < 0) {
         qvl__context(l->rc, "%s: %s", l->dir, name);
         return;
     }
@@ -246,18 +249,18 @@ static void settle(loader *l, qvl__matrix *m, const char *part, double error) {
 }
 
 /* One matrix out of one to three tensors stacked along the outputs (rows 0: no tensor). */
-static void matrix(loader *l, qvl__matrix *m, const char *part, bool gate_up, source a, source b, source c) {
+static void matrix(loader *l, qvl__matrix *m, const char *part, qvl__role role, source a, source b, source c) {
     source ts[3] = {a, b, c};
     int n = c.rows ? 3 : b.rows ? 2 : 1;
     qvl__type type = QVL__F32;
     if (l->rc) return;
     int outputs = (int)(a.rows + b.rows + c.rows), k = (int)a.cols;
     if (l->packed) {
-        map_matrix(l, m, gate_up, outputs, k, part);
+        map_matrix(l, m, role, outputs, k, part);
         return;
     }
     if (common_type(l, ts, n, &type) < 0) return;
-    if ((l->rc = l->d->matrix_new(l->d, m, type, outputs, k, gate_up)) < 0) return;
+    if ((l->rc = l->d->matrix_new(l->d, m, type, outputs, k, role)) < 0) return;
     if (!l->force) l->w->type = type;
     for (int i = 0, first = 0; i < n; first += (int)ts[i].rows, i++) pack(l, m, first, ts[i].t);
     double error = l->to && l->rc == 0 ? error_of(l, m, ts) : 0;
@@ -312,9 +315,9 @@ static void load_merger(loader *l, qvl__merger *m, const char *name, int norm) {
     go(l, "vision.%s.", name);
     m->norm_w = vector(l, "norm_w", need(l, norm, 0, p, "%s.norm.weight", name));
     m->norm_b = vector(l, "norm_b", need(l, norm, 0, p, "%s.norm.bias", name));
-    matrix(l, &m->fc1, "fc1", false, need(l, wide, wide, p, "%s.linear_fc1.weight", name), NONE, NONE);
+    matrix(l, &m->fc1, "fc1", BY_OUTPUT, need(l, wide, wide, p, "%s.linear_fc1.weight", name), NONE, NONE);
     m->fc1_b = vector(l, "fc1_b", need(l, wide, 0, p, "%s.linear_fc1.bias", name));
-    matrix(l, &m->fc2, "fc2", false, need(l, v->out_hidden, wide, p, "%s.linear_fc2.weight", name), NONE, NONE);
+    matrix(l, &m->fc2, "fc2", BY_INPUT, need(l, v->out_hidden, wide, p, "%s.linear_fc2.weight", name), NONE, NONE);
     m->fc2_b = vector(l, "fc2_b", need(l, v->out_hidden, 0, p, "%s.linear_fc2.bias", name));
 }
 
@@ -322,9 +325,10 @@ static void load_vision(loader *l) {
     const qvl__vision_config *v = &l->c->vision;
     qvl__weights *w = l->w;
     const char *p = l->vision;
-    int h = v->hidden;
+    int h = v->hidden, head_dim = h / v->heads;
+    const qvl__role qkv = {QVL__BY_HEAD, false, head_dim, v->heads}, heads = {QVL__BY_INPUT, false, head_dim, 0};
     go(l, "vision.");
-    matrix(l, &w->patch, "patch", false, need(l, h, v->in_channels * 2 * 16 * 16, p, "patch_embed.proj.weight"), NONE, NONE);
+    matrix(l, &w->patch, "patch", WHOLE, need(l, h, v->in_channels * 2 * 16 * 16, p, "patch_embed.proj.weight"), NONE, NONE);
     w->patch_b = vector(l, "patch_b", need(l, h, 0, p, "patch_embed.proj.bias"));
     w->pos_embed = vector(l, "pos_embed", need(l, v->positions, h, p, "pos_embed.weight"));
     for (int i = 0; i < v->depth && l->rc == 0; i++) {
@@ -334,13 +338,13 @@ static void load_vision(loader *l) {
         b->norm1_b = vector(l, "norm1_b", need(l, h, 0, p, "blocks.%d.norm1.bias", i));
         b->norm2_w = vector(l, "norm2_w", need(l, h, 0, p, "blocks.%d.norm2.weight", i));
         b->norm2_b = vector(l, "norm2_b", need(l, h, 0, p, "blocks.%d.norm2.bias", i));
-        matrix(l, &b->qkv, "qkv", false, need(l, 3 * h, h, p, "blocks.%d.attn.qkv.weight", i), NONE, NONE);
+        matrix(l, &b->qkv, "qkv", qkv, need(l, 3 * h, h, p, "blocks.%d.attn.qkv.weight", i), NONE, NONE);
         b->qkv_b = vector(l, "qkv_b", need(l, 3 * h, 0, p, "blocks.%d.attn.qkv.bias", i));
-        matrix(l, &b->proj, "proj", false, need(l, h, h, p, "blocks.%d.attn.proj.weight", i), NONE, NONE);
+        matrix(l, &b->proj, "proj", heads, need(l, h, h, p, "blocks.%d.attn.proj.weight", i), NONE, NONE);
         b->proj_b = vector(l, "proj_b", need(l, h, 0, p, "blocks.%d.attn.proj.bias", i));
-        matrix(l, &b->fc1, "fc1", false, need(l, v->inter, h, p, "blocks.%d.mlp.linear_fc1.weight", i), NONE, NONE);
+        matrix(l, &b->fc1, "fc1", BY_OUTPUT, need(l, v->inter, h, p, "blocks.%d.mlp.linear_fc1.weight", i), NONE, NONE);
         b->fc1_b = vector(l, "fc1_b", need(l, v->inter, 0, p, "blocks.%d.mlp.linear_fc1.bias", i));
-        matrix(l, &b->fc2, "fc2", false, need(l, h, v->inter, p, "blocks.%d.mlp.linear_fc2.weight", i), NONE, NONE);
+        matrix(l, &b->fc2, "fc2", BY_INPUT, need(l, h, v->inter, p, "blocks.%d.mlp.linear_fc2.weight", i), NONE, NONE);
         b->fc2_b = vector(l, "fc2_b", need(l, h, 0, p, "blocks.%d.mlp.linear_fc2.bias", i));
     }
     load_merger(l, &w->merger, "merger", h);
@@ -355,7 +359,7 @@ static void load_vision(loader *l) {
 static void load_head(loader *l, const qvl__tensor *embed) {
     qvl__tensor *head = qvl__safetensors_find(&l->st, "lm_head.weight");
     if (!l->c->text.tied) {
-        matrix(l, &l->w->lm_head, "lm_head", false, need(l, l->c->text.vocab, l->c->text.hidden, "", "lm_head.weight"), NONE, NONE);
+        matrix(l, &l->w->lm_head, "lm_head", TABLE, need(l, l->c->text.vocab, l->c->text.hidden, "", "lm_head.weight"), NONE, NONE);
         return;
     }
     l->w->lm_head = l->w->embed;
@@ -367,7 +371,7 @@ static void load_head(loader *l, const qvl__tensor *embed) {
 }
 
 /* Experts are stored input-major, [experts][inputs][outputs]: y = x W. Packing wants one row per output. */
-static void experts(loader *l, qvl__matrix **out, bool gate_up, int inputs, int outputs, const char *name, int layer) {
+static void experts(loader *l, qvl__matrix **out, qvl__role role, int inputs, int outputs, const char *name, int layer) {
     int n = l->c->text.experts;
     char part[48];
     qvl__type type = QVL__F32, stored;
@@ -376,7 +380,7 @@ static void experts(loader *l, qvl__matrix **out, bool gate_up, int inputs, int 
     if (l->packed) {
         for (int e = 0; e < n && l->rc == 0; e++) {
             snprintf(part, sizeof part, "experts.%d.%s", e, name);
-            map_matrix(l, &(*out)[e], gate_up, outputs, inputs, part);
+            map_matrix(l, &(*out)[e], role, outputs, inputs, part);
         }
         return;
     }
@@ -395,7 +399,7 @@ static void experts(loader *l, qvl__matrix **out, bool gate_up, int inputs, int 
         for (size_t i = 0; i < (size_t)inputs; i++)
             for (size_t o = 0; o < (size_t)outputs; o++) memcpy(turned + (o * (size_t)inputs + i) * size, src + (i * (size_t)outputs + o) * size, size);
         if (l->force) type = forced(l);
-        if ((l->rc = l->d->matrix_new(l->d, &(*out)[e], type, outputs, inputs, gate_up)) < 0) break;
+        if ((l->rc = l->d->matrix_new(l->d, &(*out)[e], type, outputs, inputs, role)) < 0) break;
         l->d->matrix_put(l->d, &(*out)[e], 0, outputs, stored, turned);
         advance(l, t, src, bytes);
         snprintf(part, sizeof part, "experts.%d.%s", e, name);
@@ -412,15 +416,15 @@ static void load_mlp(loader *l, qvl__text_layer *b, int i) {
     if (t->experts && !t->dense_layer[i]) {
         const qvl__type *force = l->force;
         l->force = NULL;
-        matrix(l, &b->router, "router", false, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NONE, NONE);
+        matrix(l, &b->router, "router", WHOLE, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NONE, NONE);
         l->force = force;
-        experts(l, &b->expert_gate_up, true, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
-        experts(l, &b->expert_down, false, t->expert_inter, t->hidden, "down_proj", i);
+        experts(l, &b->expert_gate_up, GATE_UP, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
+        experts(l, &b->expert_down, BY_INPUT, t->expert_inter, t->hidden, "down_proj", i);
         return;
     }
-    matrix(l, &b->gate_up, "gate_up", true, need(l, t->inter, t->hidden, p, "layers.%d.mlp.gate_proj.weight", i),
+    matrix(l, &b->gate_up, "gate_up", GATE_UP, need(l, t->inter, t->hidden, p, "layers.%d.mlp.gate_proj.weight", i),
            need(l, t->inter, t->hidden, p, "layers.%d.mlp.up_proj.weight", i), NONE);
-    matrix(l, &b->down, "down", false, need(l, t->hidden, t->inter, p, "layers.%d.mlp.down_proj.weight", i), NONE, NONE);
+    matrix(l, &b->down, "down", BY_INPUT, need(l, t->hidden, t->inter, p, "layers.%d.mlp.down_proj.weight", i), NONE, NONE);
 }
 
 static void load_text(loader *l, const qvl__type *layers) {
@@ -428,9 +432,10 @@ static void load_text(loader *l, const qvl__type *layers) {
     qvl__weights *w = l->w;
     const char *p = l->text;
     int h = t->hidden, q = t->heads * t->head_dim, kv = t->kv_heads * t->head_dim;
+    const qvl__role qkv = {QVL__BY_HEAD, false, t->head_dim, t->kv_heads}, heads = {QVL__BY_INPUT, false, t->head_dim, 0};
     go(l, "text.");
     source embed = need(l, t->vocab, h, p, "embed_tokens.weight");
-    matrix(l, &w->embed, "embed", false, embed, NONE, NONE);
+    matrix(l, &w->embed, "embed", TABLE, embed, NONE, NONE);
     if (l->rc == 0) load_head(l, embed.t);
     w->norm = vector(l, "norm", need(l, h, 0, p, "norm.weight"));
     const qvl__type *rest = l->force;
@@ -442,9 +447,9 @@ static void load_text(loader *l, const qvl__type *layers) {
         b->post_norm = vector(l, "post_norm", need(l, h, 0, p, "layers.%d.post_attention_layernorm.weight", i));
         b->q_norm = vector(l, "q_norm", need(l, t->head_dim, 0, p, "layers.%d.self_attn.q_norm.weight", i));
         b->k_norm = vector(l, "k_norm", need(l, t->head_dim, 0, p, "layers.%d.self_attn.k_norm.weight", i));
-        matrix(l, &b->qkv, "qkv", false, need(l, q, h, p, "layers.%d.self_attn.q_proj.weight", i),
+        matrix(l, &b->qkv, "qkv", qkv, need(l, q, h, p, "layers.%d.self_attn.q_proj.weight", i),
                need(l, kv, h, p, "layers.%d.self_attn.k_proj.weight", i), need(l, kv, h, p, "layers.%d.self_attn.v_proj.weight", i));
-        matrix(l, &b->o, "o", false, need(l, h, q, p, "layers.%d.self_attn.o_proj.weight", i), NONE, NONE);
+        matrix(l, &b->o, "o", heads, need(l, h, q, p, "layers.%d.self_attn.o_proj.weight", i), NONE, NONE);
         load_mlp(l, b, i);
     }
     l->force = rest;

@@ -5,7 +5,7 @@
  * Output:     qvl__type; names; a qvl__device.
  * Invariants: the names are those of the options dtype and kv_dtype; libqvl links to no GPU library: libqvl-cuda.so is
  *             looked for beside the program or library that this code is part of, then where the system looks;
- *             "auto" never fails for want of a GPU, "cuda" never falls back.
+ *             "auto" never fails for want of a GPU, unless several are asked for; "cuda" never falls back.
  */
 #include <dlfcn.h>
 #include <stdio.h>
@@ -88,8 +88,9 @@ int qvl__device_open(qvl__device **out, qvl__pool *pool, const char *name, const
         int rc = open_cuda(out, pool, o);
         if (rc == 0) return 0;
         if (strcmp(name, "cuda") == 0) return qvl__context(rc, "option device: cuda");
-        if (rc != QVL_ENODEV) return rc;
+        if (rc != QVL_ENODEV || o->gpus > 1) return qvl__context(rc, "option tensor_parallel_size: %d GPUs", o->gpus);
         qvl__log(QVL_LOG_INFO, "no GPU is used: %s", qvl_last_error());
     }
+    if (o->gpus > 1) return qvl__fail(QVL_EINVAL, "option tensor_parallel_size is %d: only GPUs can share a model, and option device is cpu", o->gpus);
     return qvl__cpu_open(out, pool, o->bf16_math);
 }

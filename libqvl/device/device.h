@@ -35,14 +35,30 @@ typedef struct {
     bool bf16_math;     /* products of matmul may round activations to bf16, where the device has such products */
     bool deterministic; /* GPU: kernels whose rows do not depend on the batch (on the CPU they never do) */
     double memory;      /* GPU: the part of its memory that may be used, 0..1 */
+    int gpus;           /* GPU: how many share the model; 0 as 1 */
 } qvl__device_options;
+
+/* How a weight is used, which is what a device needs to know to lay it out, and to divide it when the device is several
+ * GPUs (tensor parallel; Shoeybi et al. 2019, Megatron-LM). Undivided, every GPU has all of it. */
+typedef enum {
+    QVL__WHOLE = 0,  /* not divided */
+    QVL__BY_OUTPUT,  /* output features divided; what comes out goes into a weight BY_INPUT */
+    QVL__BY_HEAD,    /* the same for q, k and v: heads of head_dim, the last 2 kv_heads of them keys and values */
+    QVL__BY_INPUT,   /* inputs divided (heads of head_dim, when that is set), partial results added up */
+    QVL__TABLE       /* output features divided, what comes out is brought together: embedding and head */
+} qvl__division;
+typedef struct {
+    qvl__division division;
+    bool gate_up; /* n/2 gate columns and n/2 up columns, side by side so that one pass yields SwiGLU */
+    int head_dim, kv_heads;
+} qvl__role;
 
 /* A packed weight of n output features by k inputs. How data is laid out is the device's business; on the CPU: panels
  * of 16 output columns, see cpu/panel.c. */
 typedef struct {
     qvl__type type;
     int n, k;
-    bool gate_up; /* n/2 gate columns and n/2 up columns, interleaved panel by panel so that one pass yields SwiGLU */
+    qvl__role role;
     bool mapped; /* data is part of a file that outlives the matrix */
     size_t bytes;
     void *data;
@@ -98,7 +114,8 @@ struct qvl__device {
     bool (*replay)(qvl__device *d, const uint64_t key[4]);
     void (*recorded)(qvl__device *d);
 
-    /* Buffers. alloc gives zeroed memory or NULL (message set). */
+    /* Buffers. alloc gives zeroed memory or NULL (message set). On several GPUs a buffer is on all of them, and one of rows
+     * that come out of a divided weight holds on each GPU its part, at the beginning of rows of the full width. */
     void *(*alloc)(qvl__device *d, size_t size);
     void (*free)(qvl__device *d, void *p, size_t size);
     void (*put)(qvl__device *d, void *dst, const void *host, size_t size);
@@ -107,11 +124,11 @@ struct qvl__device {
     /* Weights. put packs count rows [count][k] of type src_type, which become output features first, first + 1, ...;
      * converting to the matrix's type (round to nearest even; Q8 and Q4: the scale with the least squared error). For gate_up, features 0..n/2-1 are gate, the rest up.
      * A Q8 or Q4 matrix is put whole before the next one is begun. */
-    int (*matrix_new)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up);
+    int (*matrix_new)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role);
     void (*matrix_put)(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
     void (*matrix_free)(qvl__device *d, qvl__matrix *m);
     /* A matrix whose packed data lie in memory already, bytes of them; on the CPU they are used where they are. */
-    int (*matrix_map)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up, const void *data, uint64_t bytes);
+    int (*matrix_map)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role, const void *data, uint64_t bytes);
 
     /* Bytes of one block, all layers, K and V; QVL_EUNSUPPORTED for what kv_new would refuse. */
     int (*kv_block_bytes)(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes);

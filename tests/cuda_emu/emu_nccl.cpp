@@ -30,11 +30,13 @@ struct Part {
     Stream *stream = nullptr;
     Mark mark;
 };
+struct Clique;
 struct Collective {
     std::vector<Part> parts;
     std::vector<bool> called;
     uint64_t number;
     bool computed = false;
+    Clique *clique;
     std::vector<std::vector<char>> results;
     bool complete() const { return std::all_of(called.begin(), called.end(), [](bool c) { return c; }); }
 };
@@ -42,6 +44,7 @@ struct Rank;
 struct Clique {
     std::vector<Rank *> ranks; /* null: not there yet */
     std::map<uint64_t, std::shared_ptr<Collective>> open;
+    bool aborted = false; /* by one of its ranks: what has not happened never will, and nobody waits for it */
     bool complete() const { return std::all_of(ranks.begin(), ranks.end(), [](Rank *r) { return r != nullptr; }); }
 };
 struct Rank {
@@ -121,6 +124,7 @@ std::shared_ptr<Collective> call(Rank *r, Part part, Stream *s, Mark mark) {
         c->parts.resize(n);
         c->called.resize(n);
         c->number = r->next;
+        c->clique = r->clique.get();
     }
     part.stream = s;
     part.mark = std::move(mark);
@@ -142,7 +146,7 @@ void wait_for_ranks() { /* the host, for the other ranks' calls */
             if (!wait_for_others()) fail("NCCL deadlock: ncclCommInitRank waits for the other ranks; with one thread for several ranks it must be in a group");
     initialising.clear();
     for (auto &c : entered)
-        while (!c->complete())
+        while (!c->complete() && !c->clique->aborted)
             if (!wait_for_others()) {
                 size_t here = 0, missing = 0;
                 while (!c->called[here]) here++;
@@ -173,8 +177,9 @@ ncclResult_t start(Kind kind, const void *send, void *recv, size_t count, ncclDa
     size_t me = (size_t)r->rank;
     w.enter = [=](Stream *stream, Mark mark, std::function<bool()> *may, std::function<void()> *run) {
         auto c = call(r, p, stream, std::move(mark));
-        *may = [c] { return c->computed || (c->complete() && std::all_of(c->parts.begin(), c->parts.end(), [](const Part &q) { return at_head(q.stream, q.mark); })); };
+        *may = [c] { return c->computed || c->clique->aborted || (c->complete() && std::all_of(c->parts.begin(), c->parts.end(), [](const Part &q) { return at_head(q.stream, q.mark); })); };
         *run = [=] {
+            if (!c->computed && c->clique->aborted) return;
             if (!c->computed) compute(*c);
             if (sends) check_range(send, sent, false);
             check_range(recv, got, true);
@@ -264,6 +269,17 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
     drain(r->device);
     delete r;
     return ncclSuccess;
+}
+
+/* The rank stays: recorded graphs may hold calls of it. */
+ncclResult_t ncclCommAbort(ncclComm_t comm) {
+    Api api;
+    if (auto *r = reinterpret_cast<Rank *>(comm)) r->clique->aborted = true;
+    return ncclSuccess;
+}
+ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *is) {
+    *is = ncclSuccess;
+    return comm ? ncclSuccess : ncclInvalidArgument;
 }
 
 ncclResult_t ncclGroupStart() {

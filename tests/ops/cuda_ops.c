@@ -29,10 +29,10 @@ static void map_body(qvl__device *d) {
         for (int gate_up = 0; gate_up < 2; gate_up++) {
             float *w = random_floats(N * K, 3.0f), here[N * K], there_[N * K];
             qvl__matrix a, b;
-            assert_int_equal(cpu->matrix_new(cpu, &a, matrix_types[t], N, K, gate_up), 0);
+            assert_int_equal(cpu->matrix_new(cpu, &a, matrix_types[t], N, K, (qvl__role){.gate_up = gate_up}), 0);
             cpu->matrix_put(cpu, &a, 0, N, QVL__F32, w);
-            assert_int_equal(d->matrix_map(d, &b, matrix_types[t], N, K, gate_up, a.data, a.bytes - 1), QVL_EFORMAT);
-            assert_int_equal(d->matrix_map(d, &b, matrix_types[t], N, K, gate_up, a.data, a.bytes), 0);
+            assert_int_equal(d->matrix_map(d, &b, matrix_types[t], N, K, (qvl__role){.gate_up = gate_up}, a.data, a.bytes - 1), QVL_EFORMAT);
+            assert_int_equal(d->matrix_map(d, &b, matrix_types[t], N, K, (qvl__role){.gate_up = gate_up}, a.data, a.bytes), 0);
             int32_t ids[N];
             for (int i = 0; i < N; i++) ids[i] = N - 1 - i;
             cpu->embed(cpu, here, &a, ids, N);

@@ -134,7 +134,7 @@ static qvl__device *reopen(const qvl__device *d, int threads, qvl__pool **pool) 
 
 static qvl__matrix new_matrix(qvl__device *d, qvl__type type, int n, int k, bool gate_up, const float *w) {
     qvl__matrix m;
-    assert_int_equal(d->matrix_new(d, &m, type, n, k, gate_up), 0);
+    assert_int_equal(d->matrix_new(d, &m, type, n, k, (qvl__role){.gate_up = gate_up}), 0);
     d->matrix_put(d, &m, 0, n, QVL__F32, w);
     return m;
 }
@@ -158,7 +158,7 @@ static void pack_body(qvl__device *d) {
                 if (!isfinite(src[i])) src[i] = 1.0f;
             char *bytes = encode(src, (size_t)n * k, types[from]);
             qvl__matrix m;
-            assert_int_equal(d->matrix_new(d, &m, types[to], n, k, false), 0);
+            assert_int_equal(d->matrix_new(d, &m, types[to], n, k, (qvl__role){0}), 0);
             for (int f = 0; f < n;) { /* in uneven pieces */
                 int count = 1 + random_below(20);
                 if (count > n - f) count = n - f;
@@ -339,7 +339,7 @@ static void test_matmul_ends(void **state) {
 
 static void run_matmul(qvl__device *d, float *y, const float *y0, const float *x, int rows, const qvl__matrix *m,
     const float *bias, qvl__epilogue e, int step) {
-    size_t n_out = (size_t)(m->gate_up ? m->n / 2 : m->n);
+    size_t n_out = (size_t)(m->role.gate_up ? m->n / 2 : m->n);
     memcpy(y, y0, (size_t)rows * n_out * sizeof(float));
     for (int r = 0; r < rows; r += step)
         d->matmul(d, y + (size_t)r * n_out, x + (size_t)r * (size_t)m->k, rows - r < step ? rows - r : step, m, bias, e);
@@ -889,8 +889,8 @@ static void test_vision(void **state) {
 static void refuse_body(qvl__device *d) {
     qvl__matrix m;
     qvl__kv kv;
-    assert_int_equal(d->matrix_new(d, &m, QVL__F32, 0, 5, false), QVL_EINVAL);
-    assert_int_equal(d->matrix_new(d, &m, QVL__F32, 3, 5, true), QVL_EINVAL);
+    assert_int_equal(d->matrix_new(d, &m, QVL__F32, 0, 5, (qvl__role){0}), QVL_EINVAL);
+    assert_int_equal(d->matrix_new(d, &m, QVL__F32, 3, 5, (qvl__role){.gate_up = true}), QVL_EINVAL);
     assert_null(m.data);
     assert_int_equal(d->kv_new(d, &kv, QVL__F32, 1, 1, 63, 1), QVL_EUNSUPPORTED);
     assert_int_equal(d->kv_new(d, &kv, QVL__F32, 1, 1, 514, 1), QVL_EUNSUPPORTED);

@@ -58,10 +58,10 @@ static void shim_put(qvl__device *d, void *to, const void *from, size_t n) {
     IN(d)->sync(IN(d)); /* the cases let two devices share a cache, which have nothing but this to wait for each other */
 }
 static void shim_get(qvl__device *d, void *to, const void *from, size_t n) { IN(d)->get(IN(d), to, from, n); }
-static int shim_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type t, int n, int k, bool g) { return IN(d)->matrix_new(IN(d), m, t, n, k, g); }
+static int shim_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type t, int n, int k, qvl__role g) { return IN(d)->matrix_new(IN(d), m, t, n, k, g); }
 static void shim_matrix_put(qvl__device *d, qvl__matrix *m, int f, int c, qvl__type t, const void *s) { IN(d)->matrix_put(IN(d), m, f, c, t, s); }
 static void shim_matrix_free(qvl__device *d, qvl__matrix *m) { IN(d)->matrix_free(IN(d), m); }
-static int shim_matrix_map(qvl__device *d, qvl__matrix *m, qvl__type t, int n, int k, bool g, const void *p, uint64_t b) { return IN(d)->matrix_map(IN(d), m, t, n, k, g, p, b); }
+static int shim_matrix_map(qvl__device *d, qvl__matrix *m, qvl__type t, int n, int k, qvl__role g, const void *p, uint64_t b) { return IN(d)->matrix_map(IN(d), m, t, n, k, g, p, b); }
 static int shim_kv_block_bytes(qvl__device *d, qvl__type t, int l, int h, int n, size_t *b) { return IN(d)->kv_block_bytes(IN(d), t, l, h, n, b); }
 static int shim_kv_new(qvl__device *d, qvl__kv *kv, qvl__type t, int l, int h, int n, int b) { return IN(d)->kv_new(IN(d), kv, t, l, h, n, b); }
 static void shim_kv_free(qvl__device *d, qvl__kv *kv) { IN(d)->kv_free(IN(d), kv); }

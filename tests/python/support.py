@@ -26,8 +26,11 @@ if not ((GOLDEN / "checkpoints" / "tiny-moe").exists() and (GOLDEN / "model" / "
     del GOLDENS["moe"]
 CHECKPOINTS = {"qvl-tiny": TINY, **{name: GOLDEN / "checkpoints" / folder for name, folder in GOLDENS.items()}}
 
-# QVL_TEST_DEVICE=cuda runs the same tests on a GPU, or under emulation (make check-emu, make check-gpu).
+# QVL_TEST_DEVICE=cuda runs the same tests on a GPU, or under emulation (make check-emu, make check-gpu); QVL_TEST_GPUS=2 on
+# several that share the model.
 DEVICE = {"device": os.environ["QVL_TEST_DEVICE"]} if "QVL_TEST_DEVICE" in os.environ else {}
+if "QVL_TEST_GPUS" in os.environ:
+    DEVICE["tensor_parallel_size"] = int(os.environ["QVL_TEST_GPUS"])
 
 _DTYPES = {"F32": np.float32, "I32": np.int32, "I64": np.int64, "U8": np.uint8, "BF16": np.uint16, "F16": np.float16}
 

@@ -64,9 +64,9 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
 
 /* panel.c */
 size_t qvl__cpu_panel_bytes(qvl__type type, int k);
-int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up);
+int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role);
 void qvl__cpu_matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);
-int qvl__cpu_matrix_map(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up, const void *data, uint64_t bytes);
+int qvl__cpu_matrix_map(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role, const void *data, uint64_t bytes);
 void qvl__cpu_matrix_free(qvl__device *d, qvl__matrix *m);
 void qvl__cpu_embed(qvl__device *d, float *y, const qvl__matrix *table, const int32_t *ids, int rows);
 

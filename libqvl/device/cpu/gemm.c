@@ -161,7 +161,7 @@ void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const q
     qvl__epilogue e) {
     if (rows <= 0) return;
     struct qvl__cpu *c = d->impl;
-    int unit = w->gate_up ? 2 : 1;
+    int unit = w->role.gate_up ? 2 : 1;
     job j = {.k = &c->kern, .d = d, .y = y, .x = x, .rows = rows, .w = w, .bias = bias, .e = e, .unit = unit};
     j.n_out = w->n / unit;
     j.panels = qvl__div_up(j.n_out, QVL__PANEL) * unit;

@@ -29,29 +29,29 @@ size_t qvl__cpu_panel_bytes(qvl__type type, int k) {
 }
 
 /* A matrix without its data. */
-static int describe(qvl__matrix *m, qvl__type type, int n, int k, bool gate_up) {
+static int describe(qvl__matrix *m, qvl__type type, int n, int k, qvl__role role) {
     memset(m, 0, sizeof *m);
-    if (n <= 0 || k <= 0 || (gate_up && n % 2))
+    if (n <= 0 || k <= 0 || (role.gate_up && n % 2))
         return qvl__fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
     if (k > QVL__MAX_K) return qvl__fail(QVL_EUNSUPPORTED, "a weight of %d inputs: at most %d are supported", k, QVL__MAX_K);
-    size_t panels = gate_up ? 2 * (size_t)qvl__div_up(n / 2, QVL__PANEL) : (size_t)qvl__div_up(n, QVL__PANEL);
+    size_t panels = role.gate_up ? 2 * (size_t)qvl__div_up(n / 2, QVL__PANEL) : (size_t)qvl__div_up(n, QVL__PANEL);
     size_t one = qvl__cpu_panel_bytes(type, k);
     if (panels > SIZE_MAX / one) return qvl__fail(QVL_ENOMEM, "a weight of %d by %d does not fit the address space", n, k);
-    *m = (qvl__matrix){.type = type, .n = n, .k = k, .gate_up = gate_up, .bytes = panels * one};
+    *m = (qvl__matrix){.type = type, .n = n, .k = k, .role = role, .bytes = panels * one};
     return 0;
 }
 
-int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up) {
+int qvl__cpu_matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role) {
     (void)d;
-    int rc = describe(m, type, n, k, gate_up);
+    int rc = describe(m, type, n, k, role);
     if (rc) return rc;
     m->data = qvl__pages(m->bytes);
     return m->data ? 0 : QVL_ENOMEM;
 }
 
-int qvl__cpu_matrix_map(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, bool gate_up, const void *data, uint64_t bytes) {
+int qvl__cpu_matrix_map(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role, const void *data, uint64_t bytes) {
     (void)d;
-    int rc = describe(m, type, n, k, gate_up);
+    int rc = describe(m, type, n, k, role);
     if (rc) return rc;
     if (bytes != m->bytes)
         return qvl__fail(QVL_EFORMAT, "%llu bytes stored, %d outputs of %d inputs need %zu", (unsigned long long)bytes, n, k, m->bytes);
@@ -258,7 +258,7 @@ static void put_task(void *ctx, int task, int worker) {
 }
 
 void qvl__cpu_matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src) {
-    int parts = m->gate_up ? 2 : 1, size = m->n / parts;
+    int parts = m->role.gate_up ? 2 : 1, size = m->n / parts;
     for (int part = 0; part < parts; part++) {
         int lo = first > part * size ? first : part * size;
         int hi = first + count < (part + 1) * size ? first + count : (part + 1) * size;
@@ -283,9 +283,9 @@ static void embed_task(void *ctx, int task, int worker) {
     const embed_job *e = ctx;
     size_t k = (size_t)e->m->k, bytes = qvl__cpu_panel_bytes(e->m->type, e->m->k);
     for (int r = qvl__cpu_cut(e->rows, task, e->tasks); r < qvl__cpu_cut(e->rows, task + 1, e->tasks); r++) {
-        int id = e->ids[r], half = e->m->gate_up ? e->m->n / 2 : e->m->n, up = id >= half;
+        int id = e->ids[r], half = e->m->role.gate_up ? e->m->n / 2 : e->m->n, up = id >= half;
         id -= up * half;
-        const char *panel = (const char *)e->m->data + (size_t)(id / QVL__PANEL * (e->m->gate_up ? 2 : 1) + up) * bytes;
+        const char *panel = (const char *)e->m->data + (size_t)(id / QVL__PANEL * (e->m->role.gate_up ? 2 : 1) + up) * bytes;
         size_t j = (size_t)(id % QVL__PANEL);
         float *y = e->y + (size_t)r * k;
         const float *f = (const float *)(const void *)panel;

@@ -138,7 +138,7 @@ static int matmuls(bench *b, qvl__type type) {
     size_t bytes = qvl__cpu_panel_bytes(type, INPUTS) * (OUTPUTS / QVL__PANEL);
     int rc = 0;
     for (; j.matrices < 64 && (size_t)(j.matrices + 1) * bytes <= REGION && rc == 0; j.matrices++)
-        rc = b->d->matrix_map(b->d, &j.m[j.matrices], type, OUTPUTS, INPUTS, false, b->region + (size_t)j.matrices * bytes, bytes);
+        rc = b->d->matrix_map(b->d, &j.m[j.matrices], type, OUTPUTS, INPUTS, (qvl__role){0}, b->region + (size_t)j.matrices * bytes, bytes);
     for (int i = 0; i < 3 && rc == 0; i++) {
         j.rows = rows[i];
         double moved = (double)bytes + (double)j.rows * (INPUTS + OUTPUTS) * sizeof(float), ops = 2.0 * j.rows * INPUTS * OUTPUTS;
@@ -230,7 +230,7 @@ static int rows_and_weights(bench *b) {
     if (rc == 0) rc = report(b, "layer_norm", "f32", LONG_ROWS, best_of(run_layer, &j), 8 * numbers, 7 * numbers, QVL__F32);
     if (rc == 0) rc = report(b, "quantize_rows", "int8", LONG_ROWS, best_of(run_quantize, &j), numbers * (4 + 1 + 8.0 / QVL__GROUP), 0, QVL__F32);
     for (int i = 0; i < 3 && rc == 0; i++) { /* a bf16 checkpoint's rows into panels */
-        if ((rc = b->d->matrix_new(b->d, &j.m[0], types[i], OUTPUTS, INPUTS, false)) < 0) break;
+        if ((rc = b->d->matrix_new(b->d, &j.m[0], types[i], OUTPUTS, INPUTS, (qvl__role){0})) < 0) break;
         rc = report(b, "pack_weights", qvl__type_name(types[i]), OUTPUTS, best_of(run_put, &j), 2.0 * OUTPUTS * INPUTS + (double)j.m[0].bytes, 0, QVL__F32);
         b->d->matrix_free(b->d, &j.m[0]);
     }

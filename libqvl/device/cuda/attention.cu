@@ -28,7 +28,7 @@ static int kv_block_bytes(qvl__device *d, qvl__type type, int layers, int kv_hea
     if (head_dim % 2 || head_dim > MOST_DIM) return c->host->fail(QVL_EUNSUPPORTED, "head_dim is %d: it must be even and at most %d", head_dim, MOST_DIM);
     size_t block = 2 * half_bytes(type, head_dim);
     if ((size_t)layers > SIZE_MAX / block / (size_t)kv_heads) return c->host->fail(QVL_ENOMEM, "a KV block of %d layers does not fit the address space", layers);
-    *bytes = block * (size_t)layers * (size_t)kv_heads;
+    *bytes = block * (size_t)layers * (size_t)heads_of(c, kv_heads).count;
     return 0;
 }
 
@@ -58,17 +58,21 @@ static void kv_copy(qvl__device *d, qvl__kv *kv, int from, int to) {
             "copy of a KV block");
 }
 
-static keys_of keys(const qvl__kv *kv, int layer, const qvl__ragged *b) {
+static keys_of keys(const cuda *c, const qvl__kv *kv, int layer, const qvl__ragged *b) {
     size_t half = half_bytes(kv->type, kv->head_dim);
-    return keys_of{kv->type, kv->kv_heads, kv->head_dim, (char *)kv->data + (size_t)layer * (size_t)kv->kv_heads * 2 * half, kv->block_bytes, half, b->table, b->stride};
+    int heads = heads_of(c, kv->kv_heads).count;
+    return keys_of{kv->type, heads, kv->head_dim, (char *)kv->data + (size_t)layer * (size_t)heads * 2 * half, kv->block_bytes, half, b->table, b->stride};
 }
 
 static void qk_norm_rope_kv(qvl__device *d, float *qkv, int heads, const float *q_norm, const float *k_norm, float eps, const float *cos, const float *sin, qvl__kv *kv,
                             int layer, const qvl__ragged *b) {
     entered c(d);
     if (b->rows <= 0) return;
-    dim3 grid(b->rows, div_up(heads + 2 * kv->kv_heads, CACHE_WARPS));
-    LAUNCH(c, write_rows, grid, dim3(CACHE_WARPS * 32), 0, qkv, heads, q_norm, k_norm, eps, cos, sin, keys(kv, layer, b), b->seq, b->pos);
+    keys_of k = keys(c, kv, layer, b);
+    size_t ld = (size_t)(heads + 2 * kv->kv_heads) * (size_t)kv->head_dim;
+    int mine = heads_of(c, heads).count;
+    dim3 grid(b->rows, div_up(mine + 2 * k.kv_heads, CACHE_WARPS));
+    LAUNCH(c, write_rows, grid, dim3(CACHE_WARPS * 32), 0, qkv, ld, mine, q_norm, k_norm, eps, cos, sin, k, b->seq, b->pos);
 }
 
 /* ---- rows one by one ---- */
@@ -133,8 +137,9 @@ static void attention_paged(qvl__device *d, float *out, const float *qkv, int he
     entered c(d);
     if (b->rows <= 0) return;
     size_t n = (size_t)kv->head_dim;
-    attend_args a = {out, qkv, (size_t)(heads + 2 * kv->kv_heads) * n, (size_t)heads * n, heads, heads / kv->kv_heads, b->seq, b->pos, 0, NULL, 1};
-    keys_of k = keys(kv, layer, b);
+    keys_of k = keys(c, kv, layer, b);
+    int mine = heads_of(c, heads).count;
+    attend_args a = {out, qkv, (size_t)(heads + 2 * kv->kv_heads) * n, (size_t)heads * n, mine, mine / k.kv_heads, b->seq, b->pos, 0, NULL, 1};
     int alone = !can_flash(d, kv->head_dim) ? b->rows : c->deterministic ? 0 : b->singles;
     if (alone) by_rows(c, a, k, 0, alone, b->longest ? b->longest : b->stride * QVL__KV_BLOCK);
     if (alone < b->rows) by_tiles(c, a, k, alone, b->rows - alone);
@@ -151,19 +156,30 @@ static size_t attention_full_scratch(qvl__device *d, int span, int head_dim, int
     return (size_t)div_up(span, QVL__KV_BLOCK) * packed_keys(d, NULL, head_dim, n).block;
 }
 
+/* Of heads [head, head + n) those that this GPU has, numbered as its own. */
+static run own(const cuda *c, int heads, int head, int n) {
+    run mine = heads_of(c, heads);
+    int lo = head > mine.from ? head : mine.from, hi = head + n < mine.from + mine.count ? head + n : mine.from + mine.count;
+    return run{lo - mine.from, hi - lo};
+}
+
 static void attention_pack(qvl__device *d, void *scratch, const float *qkv, int span, int heads, int head_dim, int head, int n) {
     entered c(d);
-    if (span > 0 && n > 0) LAUNCH(c, pack_rows, dim3(div_up(span, QVL__KV_BLOCK), n), dim3(128), 0, qkv, span, heads, head, packed_keys(d, scratch, head_dim, n));
+    run r = own(c, heads, head, n);
+    size_t ld = 3 * (size_t)heads * (size_t)head_dim;
+    if (span > 0 && r.count > 0)
+        LAUNCH(c, pack_rows, dim3(div_up(span, QVL__KV_BLOCK), r.count), dim3(128), 0, qkv, ld, span, heads_of(c, heads).count, r.from, packed_keys(d, scratch, head_dim, r.count));
 }
 
 /* Each block reads its own queries before it writes their outputs to the same place. */
 static void attention_full(qvl__device *d, float *qkv, int span, int heads, int head_dim, int head, int n, int row, int rows, const void *scratch) {
     entered c(d);
-    if (rows <= 0 || n <= 0) return;
+    run r = own(c, heads, head, n);
+    if (rows <= 0 || r.count <= 0) return;
     size_t ld = 3 * (size_t)heads * (size_t)head_dim;
-    float *q = qkv + (size_t)head * (size_t)head_dim;
-    attend_args a = {q, q, ld, ld, n, 1, NULL, NULL, span, NULL, 1};
-    keys_of k = packed_keys(d, (void *)(uintptr_t)scratch, head_dim, n);
+    float *q = qkv + (size_t)r.from * (size_t)head_dim;
+    attend_args a = {q, q, ld, ld, r.count, 1, NULL, NULL, span, NULL, 1};
+    keys_of k = packed_keys(d, (void *)(uintptr_t)scratch, head_dim, r.count);
     if (can_flash(d, head_dim)) by_tiles(c, a, k, row, rows);
     else by_rows(c, a, k, row, rows, span);
 }

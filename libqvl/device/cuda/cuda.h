@@ -1,6 +1,6 @@
 /* cuda.h - the state of an opened GPU, and what the files of the backend share.
  *
- * Job:        one stream, one arena, pinned staging, failures.
+ * Job:        one stream, one arena, pinned staging, failures; which of several GPUs it is.
  * Input:      -
  * Output:     -
  * Invariants: every op takes the lock, so threads may share a device; work is only enqueued, in order, on one stream;
@@ -10,18 +10,21 @@
 #ifndef QVL__CUDA_H
 #define QVL__CUDA_H
 
+#include <atomic>
 #include <cublasLt.h>
 #include <mutex>
 
 extern "C" {
 #include "../plugin.h"
 }
+#include "divide.h"
 #include "kernels/layout.cuh"
 
 #define ARENA_BYTES ((size_t)96 << 20)  /* rounded rows, sums on their way to an epilogue, pieces of attention */
 #define LT_BYTES ((size_t)32 << 20)     /* workspace of cuBLASLt, as its documentation asks for on Hopper */
 #define STAGES 4                        /* parts of the staging memory, reused in turn */
 #define STAGE_BYTES ((size_t)8 << 20)
+#define GATHER_BYTES ((size_t)32 << 20) /* parts of several GPUs on their way together */
 #define GRAPHS 64                       /* recorded steps that are kept */
 #define LT_PLANS 256                    /* remembered choices of cuBLASLt */
 
@@ -49,9 +52,13 @@ struct cuda {
     qvl__device *cpu;
     std::recursive_mutex *lock;
     int gpu, processors; /* processors: streaming multiprocessors */
+    int rank, ranks;     /* this is number rank of the ranks GPUs that share a model (divide.h) */
+    void *comm;          /* sums.cu; NULL with one GPU */
+    float *gather;       /* GATHER_BYTES, with several */
+    std::atomic<bool> *broken; /* with several: one of them has failed, nobody may wait for it any more */
     bool deterministic;
     double memory;
-    char isa[32], failure[256];
+    char isa[48], failure[256];
     int failed; /* QVL_E*, 0 while all is well */
     cudaStream_t stream;
     cublasLtHandle_t lt;
@@ -106,14 +113,37 @@ static inline size_t rows_bytes(qvl__type type, int n, int k) {
     size_t bytes = type == QVL__F32 ? 4 * numbers : type == QVL__Q8 ? numbers : type == QVL__Q4 ? numbers / 2 : 2 * numbers;
     return (bytes + 15) / 16 * 16;
 }
-static inline rows_of view(const qvl__matrix *m) {
-    return rows_of{m->type, m->n, m->k, padded(m->k), m->data, (const uint16_t *)((const char *)m->data + rows_bytes(m->type, m->n, m->k))};
+/* This GPU's part of a matrix. */
+static inline part part_of(const cuda *c, const qvl__matrix *m) { return part_of(m->n, m->k, &m->role, c->rank, c->ranks); }
+static inline rows_of view(const cuda *c, const qvl__matrix *m) {
+    part p = part_of(c, m);
+    return rows_of{m->type, p.n, p.k, padded(p.k), m->data, (const uint16_t *)((const char *)m->data + rows_bytes(m->type, p.n, p.k))};
 }
+/* Of so many heads, this GPU's. */
+static inline run heads_of(const cuda *c, int heads) { return cut_heads(heads, c->rank, c->ranks); }
 
 /* plugin.cu */
+int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host, int rank);
+void cuda_close(cuda *c);
+/* Waits for what was recorded into e, or with NULL for all of the stream. False after a failure, of another GPU too. */
+bool cuda_wait(cuda *c, cudaEvent_t e);
 void cuda_put(qvl__device *d, void *dst, const void *host, size_t size);
 void *cuda_alloc(qvl__device *d, size_t size);
 void cuda_free(qvl__device *d, void *p, size_t size);
+/* sums.cu: among the GPUs that share a model; nothing with one. */
+int cuda_join(cuda **gpus, int count, const qvl__host *host);
+void cuda_leave(cuda *c);
+bool cuda_lost(cuda *c); /* whether a GPU has failed; then this one waits for no other any more */
+/* x[count] = the sum of x over all GPUs; the same bits on each. */
+void cuda_sum(cuda *c, float *x, size_t count);
+/* Most rows of cuda_gather at once, where the largest part has `each` columns. */
+int cuda_gather_rows(const cuda *c, int each);
+/* Where this GPU's part [rows][each] of rows that are brought together goes. */
+float *cuda_gather_part(const cuda *c, int rows, int each);
+/* y[rows][n]: the parts of all, side by side. */
+void cuda_gather(cuda *c, float *y, int rows, int each, int n);
+/* parallel.cu: a device over several GPUs. */
+int parallel_open(qvl__device **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host);
 /* Each fills in its part of the op table. */
 void cuda_weights(qvl__device *d);   /* weights.cu */
 void cuda_rows(qvl__device *d);      /* ops.cu */

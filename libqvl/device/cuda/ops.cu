@@ -42,7 +42,7 @@ static void add_interpolated(qvl__device *d, float *y, const float *table, const
 
 static void rope_vision(qvl__device *d, float *qkv, int rows, int heads, int head_dim, const float *cos, const float *sin, int span) {
     entered c(d);
-    if (rows > 0) LAUNCH(c, rope_vision_rows, dim3(rows), dim3(ROW_THREADS), 0, qkv, heads, head_dim, cos, sin, span);
+    if (rows > 0) LAUNCH(c, rope_vision_rows, dim3(rows), dim3(ROW_THREADS), 0, qkv, 3 * (size_t)heads * (size_t)head_dim, heads_of(c, heads).count, head_dim, cos, sin, span);
 }
 
 static void moe_route(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {

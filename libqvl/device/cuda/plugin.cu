@@ -9,6 +9,7 @@
 #include "cuda.h"
 
 #include <new>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -16,11 +17,22 @@ void cuda_failed(cuda *c, int code, const char *what, const char *why) {
     if (c->failed) return;
     c->failed = code;
     snprintf(c->failure, sizeof c->failure, "%s on GPU %d: %s", what, c->gpu, why);
+    if (c->broken) *c->broken = true;
 }
 
 bool cuda_ok(cuda *c, cudaError_t e, const char *what) {
     if (e != cudaSuccess) cuda_failed(c, e == cudaErrorMemoryAllocation ? QVL_ENOMEM : QVL_ENODEV, what, cudaGetErrorString(e));
     return e == cudaSuccess;
+}
+
+bool cuda_wait(cuda *c, cudaEvent_t e) {
+    if (c->ranks == 1) return cuda_ok(c, e ? cudaEventSynchronize(e) : cudaStreamSynchronize(c->stream), "waiting for the GPU");
+    for (;;) { /* what the stream waits for may never come from a GPU that has failed */
+        cudaError_t is = e ? cudaEventQuery(e) : cudaStreamQuery(c->stream);
+        if (is != cudaErrorNotReady) return cuda_ok(c, is, "waiting for the GPU") && !c->failed;
+        if (cuda_lost(c)) return false;
+        sched_yield();
+    }
 }
 
 /* ---- memory ---- */
@@ -40,7 +52,7 @@ void *cuda_alloc(qvl__device *d, size_t size) {
 
 static void forget(cuda *c, graph *g) {
     if (g->exec) {
-        cuda_ok(c, cudaStreamSynchronize(c->stream), "waiting for the GPU"); /* it may still be running */
+        cuda_wait(c, NULL); /* it may still be running */
         cudaGraphExecDestroy(g->exec);
     }
     *g = graph{};
@@ -60,7 +72,7 @@ static char *stage(cuda *c, size_t want, size_t *got) {
     if (c->stage_at + size > STAGE_BYTES) {
         c->stage = (c->stage + 1) % STAGES;
         c->stage_at = 0;
-        cuda_ok(c, cudaEventSynchronize(c->staged[c->stage]), "waiting for a copy");
+        cuda_wait(c, c->staged[c->stage]);
     }
     char *p = c->pinned + (size_t)c->stage * STAGE_BYTES + c->stage_at;
     c->stage_at += size;
@@ -84,13 +96,13 @@ static void get(qvl__device *d, void *host, const void *src, size_t size) {
     for (size_t at = 0, n; at < size && !c->failed; at += n) {
         char *p = stage(c, size - at, &n);
         cuda_ok(c, cudaMemcpyAsync(p, (const char *)src + at, n, cudaMemcpyDeviceToHost, c->stream), "copy from the GPU");
-        if (cuda_ok(c, cudaStreamSynchronize(c->stream), "waiting for the GPU")) memcpy((char *)host + at, p, n);
+        if (cuda_wait(c, NULL)) memcpy((char *)host + at, p, n);
     }
 }
 
 static int sync_all(qvl__device *d) {
     entered c(d);
-    cuda_ok(c, cudaStreamSynchronize(c->stream), "waiting for the GPU");
+    cuda_wait(c, NULL);
     return c->failed ? c->host->fail(c->failed, "%s", c->failure) : 0;
 }
 
@@ -141,11 +153,11 @@ static void recorded(qvl__device *d) {
 
 /* ---- open and close ---- */
 
-static void close_device(qvl__device *d) {
-    cuda *c = of(d);
+void cuda_close(cuda *c) {
     if (!c) return;
     cudaSetDevice(c->gpu);
-    if (c->stream) cudaStreamSynchronize(c->stream);
+    if (c->stream) cuda_wait(c, NULL);
+    cuda_leave(c);
     for (graph &g : c->graphs) forget(c, &g);
     c->cpu->matrix_free(c->cpu, &c->fill.host);
     if (c->lt) cublasLtDestroy(c->lt);
@@ -153,11 +165,19 @@ static void close_device(qvl__device *d) {
         if (e) cudaEventDestroy(e);
     if (c->arena) cudaFree(c->arena);
     if (c->lt_work) cudaFree(c->lt_work);
+    if (c->gather) cudaFree(c->gather);
     if (c->pinned) cudaFreeHost(c->pinned);
     if (c->stream) cudaStreamDestroy(c->stream);
     delete c->lock;
-    if (c->device.close) c->cpu->close(c->cpu); /* it became ours when opening succeeded */
     c->host->free(c);
+}
+
+/* The CPU became ours when opening succeeded. */
+static void close_one(qvl__device *d) {
+    if (!d) return;
+    qvl__device *cpu = of(d)->cpu;
+    cuda_close(of(d));
+    cpu->close(cpu);
 }
 
 /* What the GPU must be; a message when it is not. */
@@ -174,12 +194,14 @@ static int look(cuda *c) {
     }
     if (e == cudaErrorNoDevice || (e == cudaSuccess && count == 0)) return c->host->fail(QVL_ENODEV, "no NVIDIA GPU is visible (see nvidia-smi and CUDA_VISIBLE_DEVICES)");
     if (e != cudaSuccess) return c->host->fail(QVL_ENODEV, "CUDA cannot be used: %s", cudaGetErrorString(e));
+    if (count < c->ranks) return c->host->fail(QVL_ENODEV, "tensor_parallel_size is %d, but %d NVIDIA GPU%s visible (see nvidia-smi and CUDA_VISIBLE_DEVICES)", c->ranks, count, count == 1 ? " is" : "s are");
     cudaDeviceProp p;
     e = cudaGetDeviceProperties(&p, c->gpu);
     if (e != cudaSuccess) return c->host->fail(QVL_ENODEV, "GPU %d: %s", c->gpu, cudaGetErrorString(e));
     if (p.major < 8) return c->host->fail(QVL_ENODEV, "GPU %d (%s) has compute capability %d.%d; 8.0 (Ampere) is the least", c->gpu, p.name, p.major, p.minor);
     c->processors = p.multiProcessorCount;
-    snprintf(c->isa, sizeof c->isa, "sm_%d%d", p.major, p.minor);
+    if (c->ranks == 1) snprintf(c->isa, sizeof c->isa, "sm_%d%d", p.major, p.minor);
+    else snprintf(c->isa, sizeof c->isa, "sm_%d%d x %d", p.major, p.minor, c->ranks);
     return 0;
 }
 
@@ -188,6 +210,7 @@ static int take(cuda *c) {
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     if (e == cudaSuccess) e = cudaMalloc((void **)&c->arena, ARENA_BYTES);
     if (e == cudaSuccess) e = cudaMalloc((void **)&c->lt_work, LT_BYTES);
+    if (e == cudaSuccess && c->ranks > 1) e = cudaMalloc((void **)&c->gather, GATHER_BYTES);
     if (e == cudaSuccess) e = cudaHostAlloc((void **)&c->pinned, STAGES * STAGE_BYTES, cudaHostAllocDefault);
     for (int i = 0; e == cudaSuccess && i < STAGES; i++) e = cudaEventCreateWithFlags(&c->staged[i], cudaEventDisableTiming);
     if (e != cudaSuccess)
@@ -196,19 +219,21 @@ static int take(cuda *c) {
     return s == CUBLAS_STATUS_SUCCESS ? 0 : c->host->fail(QVL_ENODEV, "cuBLASLt: %s", cublasLtGetStatusString(s));
 }
 
-static int open_device(qvl__device **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host) {
+int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host, int rank) {
     *out = NULL;
     cuda *c = (cuda *)host->calloc(1, sizeof *c);
     if (!c) return QVL_ENOMEM;
     c->host = host;
     c->cpu = cpu;
     c->memory = o->memory;
+    c->gpu = c->rank = rank;
+    c->ranks = o->gpus > 1 ? o->gpus : 1;
     c->deterministic = o->deterministic;
     c->lock = new (std::nothrow) std::recursive_mutex;
     int rc = c->lock ? look(c) : host->fail(QVL_ENOMEM, "no memory for a lock");
     if (rc == 0) rc = take(c);
     if (rc) {
-        close_device(&c->device);
+        cuda_close(c);
         return rc;
     }
     qvl__device *d = &c->device;
@@ -217,7 +242,7 @@ static int open_device(qvl__device **out, qvl__device *cpu, const qvl__device_op
     d->pool = cpu->pool;
     d->bf16_math = o->bf16_math;
     d->slice_flops = 1e15; /* whole phases: a launch costs more than a look at the clock */
-    d->close = close_device;
+    d->close = close_one;
     d->sync = sync_all;
     d->room = room;
     d->replay = replay;
@@ -230,8 +255,16 @@ static int open_device(qvl__device **out, qvl__device *cpu, const qvl__device_op
     cuda_rows(d);
     cuda_products(d);
     cuda_attention(d);
-    *out = d;
+    *out = c;
     return 0;
+}
+
+static int open_device(qvl__device **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host) {
+    if (o->gpus > 1) return parallel_open(out, cpu, o, host);
+    cuda *c;
+    int rc = cuda_open(&c, cpu, o, host, 0);
+    *out = rc ? NULL : &c->device;
+    return rc;
 }
 
 extern "C" __attribute__((visibility("default"))) const qvl__plugin qvl_device_plugin = {QVL__PLUGIN_VERSION, sizeof(qvl__device), open_device};

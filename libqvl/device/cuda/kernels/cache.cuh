@@ -62,12 +62,12 @@ __device__ __forceinline__ float cache_at(const keys_of &c, const char *half, in
     return number_at(c.type, half, at);
 }
 
-/* Block (row, ·): CACHE_WARPS heads of q, k or v, a warp each. qkv [rows][(heads + 2 kv_heads) head_dim]. */
-static __global__ void write_rows(float *qkv, int heads, const float *q_norm, const float *k_norm, float eps, const float *cos, const float *sin, keys_of c,
+/* Block (row, ·): CACHE_WARPS heads of q, k or v, a warp each; from one row of qkv to the next it is ld. */
+static __global__ void write_rows(float *qkv, size_t ld, int heads, const float *q_norm, const float *k_norm, float eps, const float *cos, const float *sin, keys_of c,
                            const int32_t *seq, const int32_t *pos) {
     int r = blockIdx.x, lane = threadIdx.x % 32, h = blockIdx.y * CACHE_WARPS + threadIdx.x / 32, n = c.head_dim, half = n / 2;
     if (h >= heads + 2 * c.kv_heads) return;
-    float *x = qkv + ((size_t)r * (heads + 2 * c.kv_heads) + h) * n;
+    float *x = qkv + (size_t)r * ld + (size_t)h * n;
     if (h < heads + c.kv_heads) {
         const float *w = h < heads ? q_norm : k_norm;
         float sum = 0;
@@ -86,14 +86,14 @@ static __global__ void write_rows(float *qkv, int heads, const float *q_norm, co
     cache_store(c, g < c.kv_heads ? to : to + c.half, p % QVL__KV_BLOCK, x, lane);
 }
 
-/* Vision: tokens of a span of qkv [span][3 heads head_dim] into blocks, c.kv_heads heads from head on. Block (32 tokens,
+/* Vision: tokens of a span of qkv (q, k, v of `heads` heads at the beginning of each ld) into blocks, c.kv_heads heads from head on. Block (32 tokens,
  * head): a warp for each token in turn. Places behind the span become zeros. */
-static __global__ void pack_rows(const float *qkv, int span, int heads, int head, keys_of c) {
+static __global__ void pack_rows(const float *qkv, size_t ld, int span, int heads, int head, keys_of c) {
     int lane = threadIdx.x % 32, n = c.head_dim, g = blockIdx.y;
     char *to = c.data + (size_t)blockIdx.x * c.block + (size_t)g * 2 * c.half;
     for (int t = threadIdx.x / 32; t < QVL__KV_BLOCK; t += blockDim.x / 32) {
         int token = blockIdx.x * QVL__KV_BLOCK + t;
-        const float *key = qkv + ((size_t)token * 3 * heads + heads + head + g) * n;
+        const float *key = qkv + (size_t)token * ld + (size_t)(heads + head + g) * n;
         for (int i = lane; i < n; i += 32) {
             store_number(c.type, to, (size_t)t * n + i, token < span ? key[i] : 0.0f);
             store_number(c.type, to + c.half, (size_t)t * n + i, token < span ? key[(size_t)heads * n + i] : 0.0f);

@@ -15,8 +15,13 @@ struct finish {
     int kind;          /* qvl__epilogue */
     const float *bias; /* by feature; NULL: none */
     float *y;
-    int n; /* rows of the matrix; y has n columns, n / 2 with SwiGLU */
+    int n;      /* rows of the matrix; n columns of y, n / 2 with SwiGLU */
+    size_t ld;  /* from one row of y to the next */
+    /* A part of a matrix (divide.h) has several runs of features: behind each `section` of them the bias leaves `skip` out. */
+    int section, skip;
 };
+
+__device__ __forceinline__ float bias_of(const finish &f, int feature) { return f.bias[feature + feature / f.section * f.skip]; }
 
 /* x e^z / (e^z + 1), written so that nothing overflows. */
 __device__ __forceinline__ float times_logistic(float x, float z) {
@@ -35,14 +40,14 @@ __device__ __forceinline__ void store_pair(const finish &f, int r, int c, float 
     if (f.kind == QVL__EPI_SWIGLU) {
         int half = f.n / 2, i = c / 2;
         if (c >= f.n) return;
-        if (f.bias) v0 += f.bias[i], v1 += f.bias[half + i];
-        f.y[(size_t)r * half + i] = times_logistic(v0, v0) * v1;
+        if (f.bias) v0 += bias_of(f, i), v1 += bias_of(f, half + i);
+        f.y[(size_t)r * f.ld + i] = times_logistic(v0, v0) * v1;
         return;
     }
     float v[2] = {v0, v1};
     for (int i = 0; i < 2; i++) {
         if (c + i >= f.n) return;
-        float *to = f.y + (size_t)r * f.n + c + i, x = v[i] + (f.bias ? f.bias[c + i] : 0.0f);
+        float *to = f.y + (size_t)r * f.ld + c + i, x = v[i] + (f.bias ? bias_of(f, c + i) : 0.0f);
         *to = f.kind == QVL__EPI_ADD ? *to + x : activate(f.kind, x);
     }
 }

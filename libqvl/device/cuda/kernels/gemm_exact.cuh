@@ -1,7 +1,7 @@
 /* gemm_exact.cuh - products in float, whatever the weights are stored as.
  *
  * Job:        y = epilogue(x W^T + bias) for dtype f32, where nothing may be rounded but float sums.
- * Input:      float rows [rows][k]; any matrix.
+ * Input:      float rows, k numbers at the beginning of each ldx; any matrix.
  * Output:     float rows.
  * Invariants: each output is one chain of fmaf over k in order, so a row's result is the same for any number of rows.
  */
@@ -17,7 +17,7 @@
 #define EXACT_SHARED (2 * EXACT_TILE * (EXACT_K + 1) * sizeof(float))
 
 /* A tile of 64 rows by 64 columns; thread (tx, ty) has rows ty + 16 i and columns 4 tx + j. */
-static __global__ void __launch_bounds__(EXACT_THREADS) gemm_exact(finish f, const float *x, int rows, rows_of w) {
+static __global__ void __launch_bounds__(EXACT_THREADS) gemm_exact(finish f, const float *x, size_t ldx, int rows, rows_of w) {
     QVL_SHARED(float, shared);
     float *xs = shared, *ws = shared + EXACT_TILE * (EXACT_K + 1);
     int r0 = blockIdx.y * EXACT_TILE, c0 = blockIdx.x * EXACT_TILE, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
@@ -25,7 +25,7 @@ static __global__ void __launch_bounds__(EXACT_THREADS) gemm_exact(finish f, con
     for (int k0 = 0; k0 < w.k; k0 += EXACT_K) {
         for (int i = threadIdx.x; i < EXACT_TILE * EXACT_K; i += EXACT_THREADS) {
             int line = i / EXACT_K, k = k0 + i % EXACT_K, at = line * (EXACT_K + 1) + i % EXACT_K;
-            xs[at] = r0 + line < rows && k < w.k ? x[(size_t)(r0 + line) * w.k + k] : 0.0f;
+            xs[at] = r0 + line < rows && k < w.k ? x[(size_t)(r0 + line) * ldx + k] : 0.0f;
             ws[at] = c0 + line < w.n && k < w.k ? weight_at(w, c0 + line, k) : 0.0f;
         }
         __syncthreads();

@@ -77,10 +77,10 @@ static __global__ void add_interpolated_rows(float *y, const float *table, const
     }
 }
 
-/* qkv [rows][3 heads head_dim]: q and k turned by cos, sin [span][head_dim / 2]. */
-static __global__ void rope_vision_rows(float *qkv, int heads, int head_dim, const float *cos, const float *sin, int span) {
+/* q and k of `heads` heads at the beginning of each ld of qkv, turned by cos, sin [span][head_dim / 2]. */
+static __global__ void rope_vision_rows(float *qkv, size_t ld, int heads, int head_dim, const float *cos, const float *sin, int span) {
     int half = head_dim / 2;
-    float *x = qkv + (size_t)blockIdx.x * 3 * heads * head_dim;
+    float *x = qkv + (size_t)blockIdx.x * ld;
     size_t angle = (size_t)(blockIdx.x % span) * half;
     for (int i = threadIdx.x; i < 2 * heads * half; i += ROW_THREADS) {
         float *v = x + i / half * head_dim + i % half, a = v[0], b = v[half], c = cos[angle + i % half], s = sin[angle + i % half];
