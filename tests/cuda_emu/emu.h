@@ -116,6 +116,7 @@ void drain(int device); /* runs all that is queued for a device */
 cudaError_t unsafe_in_capture();
 /* Gives the mutex to other threads until something was enqueued; false after the time in which a deadlock is assumed. */
 bool wait_for_others();
+void something_changed();
 
 /* ---- checker: empty in the fast and asan builds ---- */
 

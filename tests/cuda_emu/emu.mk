@@ -56,7 +56,7 @@ check-emu-self: $(EMU_KINDS:%=$(B)/emu_self/%/test_emu) ## the CUDA emulator aga
 
 $(B)/tests/ops/cuda_ops: tests/ops/shim.h
 # Everything that shows the backend right without a GPU. The three modes of the op tests run side by side.
-EMU_ENV = QVL_EMU_MEMORY=4294967296 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO) $(if $(filter asan,$(EMU_KIND)),ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(EMU_CXX) -print-file-name=libasan.so))
+EMU_ENV = QVL_EMU_MEMORY=4294967296 QVL_EMU_DEVICES=4 QVL_CUDA_PLUGIN=$(CURDIR)/$(EMU_SO) $(if $(filter asan,$(EMU_KIND)),ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(EMU_CXX) -print-file-name=libasan.so))
 .PHONY: check-emu check-emu-ops check-emu-faults check-emu-goldens check-cuda-static
 check-emu: check-emu-faults check-emu-ops check-emu-goldens ## the CUDA backend on the CPU: planted faults, ops, goldens (needs the CUDA toolkit's headers)
 check-emu-faults: $(EMU_SO) $(B)/tests/ops/cuda_ops

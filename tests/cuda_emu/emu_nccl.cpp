@@ -275,6 +275,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
     Api api;
     if (auto *r = reinterpret_cast<Rank *>(comm)) r->clique->aborted = true;
+    something_changed();
     return ncclSuccess;
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *is) {

@@ -258,7 +258,17 @@ cudaError_t add_legacy_order(Stream *s, std::vector<Mark> &after) {
     return cudaSuccess;
 }
 
+/* QVL_EMU_LOST=device:n: that device fails at the n-th operation, and at every one behind it. */
+bool lost(int device, bool counts) {
+    static const char *asked = getenv("QVL_EMU_LOST");
+    static int which = -1, left = 0, read = asked ? sscanf(asked, "%d:%d", &which, &left) : 0;
+    if (read < 2 || device != which) return false;
+    if (counts && left > 0) left--;
+    return left == 0;
+}
+
 cudaError_t enqueue_after(Stream *s, Work work, std::vector<Mark> after) {
+    if (lost(s->device, true)) return cudaErrorLaunchFailure;
     if (s->capture) {
         Capture &c = *s->capture;
         if (!c.valid) return cudaErrorStreamCaptureInvalidated;
@@ -322,6 +332,8 @@ bool at_head(Stream *s, const Mark &m) {
     const Op &op = s->queue.front();
     return std::all_of(op.after.begin(), op.after.end(), happened);
 }
+
+void something_changed() { changed.notify_all(); }
 
 bool wait_for_others() {
     static const long limit_ms = env("QVL_EMU_DEADLOCK_MS", 5000);
@@ -438,6 +450,7 @@ static const struct {
     E(cudaSuccess, "no error"),
     E(cudaErrorInvalidValue, "invalid argument"),
     E(cudaErrorMemoryAllocation, "out of memory"),
+    E(cudaErrorLaunchFailure, "unspecified launch failure"),
     E(cudaErrorInvalidConfiguration, "invalid configuration argument"),
     E(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version"),
     E(cudaErrorNoDevice, "no CUDA-capable device is detected"),
@@ -498,6 +511,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
     Stream *s;
     if (cudaError_t e = find_stream(handle, &s)) return result(e);
     if (s->capture) return result(fail_capture(s, cudaErrorStreamCaptureUnsupported));
+    if (lost(s->device, false)) return result(cudaErrorLaunchFailure);
     if (s->legacy) {
         std::vector<Mark> after;
         if (cudaError_t e = add_legacy_order(s, after)) return result(e);
@@ -510,6 +524,7 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
     Stream *s;
     if (cudaError_t e = find_stream(handle, &s)) return result(e);
     if (s->capture) return result(fail_capture(s, cudaErrorStreamCaptureUnsupported));
+    if (lost(s->device, false)) return result(cudaErrorLaunchFailure);
     if (happened(s->last)) return wait_for(s->last);
     run_towards(s->last); /* whoever polls must get on */
     return cudaErrorNotReady;
@@ -707,7 +722,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t handle) {
     QVL_EMU_API;
     if (!known(execs, handle)) return result(cudaErrorInvalidValue);
     auto *x = reinterpret_cast<Exec *>(handle);
-    if (!happened(x->last)) fail("cudaGraphExecDestroy: the graph may still be running");
+    if (!happened(x->last) && !lost(x->streams[0]->device, false)) fail("cudaGraphExecDestroy: the graph may still be running");
     for (Stream *s : x->streams) {
         free_lanes.push_back(s->lane);
         streams.erase(std::find(streams.begin(), streams.end(), s));

@@ -75,6 +75,120 @@ static void test_staging(void **state) {
     each_level(1, false, staging_body);
 }
 
+/* ---- weights that several GPUs divide: two in a row, so that what lies between them is in parts ---- */
+
+/* A layer's two halves and its ends on any device: y[rows][vocab]. */
+typedef struct {
+    int rows, hidden, inter, heads, kv_heads, head_dim, vocab;
+    qvl__type type;
+    const float *table, *qkv, *qkv_b, *o, *gate_up, *down, *fc1, *fc1_b, *fc2, *fc2_b, *norm, *cos, *sin;
+    const int32_t *ids, *seq, *pos, *blocks;
+} layer_case;
+
+static void *brought(qvl__device *d, const void *host, size_t size) {
+    void *p = d->alloc(d, size);
+    if (!p) fail_msg("%s", qvl_last_error());
+    d->put(d, p, host, size);
+    return p;
+}
+static qvl__matrix divided(qvl__device *d, qvl__type type, int n, int k, qvl__role role, const float *w) {
+    qvl__matrix m;
+    if (d->matrix_new(d, &m, type, n, k, role)) fail_msg("%s", qvl_last_error());
+    d->matrix_put(d, &m, 0, n / 3, QVL__F32, w); /* not all at once, and not where parts begin */
+    d->matrix_put(d, &m, n / 3, n - n / 3, QVL__F32, w + (size_t)(n / 3) * (size_t)k);
+    return m;
+}
+
+static float *run_layer(qvl__device *d, const layer_case *c) {
+    int h = c->hidden, n = c->head_dim, q = c->heads * n, all = q + 2 * c->kv_heads * n, wide = c->inter > all ? c->inter : all, rows = c->rows;
+    qvl__matrix m[] = {divided(d, c->type, c->vocab, h, (qvl__role){QVL__TABLE, false, 0, 0}, c->table),
+                       divided(d, c->type, all, h, (qvl__role){QVL__BY_HEAD, false, n, c->kv_heads}, c->qkv),
+                       divided(d, c->type, h, q, (qvl__role){QVL__BY_INPUT, false, n, 0}, c->o),
+                       divided(d, c->type, 2 * c->inter, h, (qvl__role){QVL__BY_OUTPUT, true, 0, 0}, c->gate_up),
+                       divided(d, c->type, h, c->inter, (qvl__role){QVL__BY_INPUT, false, 0, 0}, c->down),
+                       divided(d, c->type, c->inter, h, (qvl__role){QVL__BY_OUTPUT, false, 0, 0}, c->fc1),
+                       divided(d, c->type, h, c->inter, (qvl__role){QVL__BY_INPUT, false, 0, 0}, c->fc2)};
+    void *host = must(calloc((size_t)(rows * (wide + c->vocab)), sizeof(float)));
+    float *x = brought(d, host, FLOATS(rows * h)), *y = brought(d, host, FLOATS(rows * wide)), *z = brought(d, host, FLOATS(rows * wide)), *out = brought(d, host, FLOATS(rows * c->vocab));
+    float *norm = brought(d, c->norm, FLOATS(n)), *cs = brought(d, c->cos, FLOATS(rows * n / 2)), *sn = brought(d, c->sin, FLOATS(rows * n / 2));
+    float *qkv_b = brought(d, c->qkv_b, FLOATS(all)), *fc1_b = brought(d, c->fc1_b, FLOATS(c->inter)), *fc2_b = brought(d, c->fc2_b, FLOATS(h));
+    int32_t *ids = brought(d, c->ids, FLOATS(rows)), *seq = brought(d, c->seq, FLOATS(rows)), *pos = brought(d, c->pos, FLOATS(rows)), *blocks = brought(d, c->blocks, FLOATS(4));
+    qvl__ragged b = {rows, seq, pos, blocks, 4, 0, 0};
+    qvl__kv kv;
+    if (d->kv_new(d, &kv, QVL__F32, 2, c->kv_heads, n, 4)) fail_msg("%s", qvl_last_error());
+    d->embed(d, x, &m[0], ids, rows);
+    d->matmul(d, y, x, rows, &m[1], c->heads == c->kv_heads ? qkv_b : NULL, QVL__EPI_NONE);
+    d->qk_norm_rope_kv(d, y, c->heads, norm, norm, 1e-6f, cs, sn, &kv, 1, &b);
+    d->attention_paged(d, z, y, c->heads, &kv, 1, &b);
+    d->matmul(d, x, z, rows, &m[2], NULL, QVL__EPI_ADD);
+    d->matmul(d, y, x, rows, &m[3], NULL, QVL__EPI_SWIGLU);
+    d->matmul(d, x, y, rows, &m[4], NULL, QVL__EPI_ADD);
+    d->matmul(d, y, x, rows, &m[5], fc1_b, QVL__EPI_GELU_ERF);
+    d->matmul(d, z, y, rows, &m[6], fc2_b, QVL__EPI_NONE);
+    d->matmul(d, out, z, rows, &m[0], NULL, QVL__EPI_NONE);
+    float *got = floats((size_t)(rows * c->vocab));
+    d->get(d, got, out, FLOATS(rows * c->vocab));
+    if (d->sync(d)) fail_msg("%s", qvl_last_error());
+    d->kv_free(d, &kv);
+    for (size_t i = 0; i < sizeof m / sizeof *m; i++) d->matrix_free(d, &m[i]);
+    void *const buffers[] = {x, y, z, out, norm, cs, sn, qkv_b, fc1_b, fc2_b, ids, seq, pos, blocks};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) d->free(d, buffers[i], 1);
+    free(host);
+    return got;
+}
+
+/* As on one CPU; two runs give the same bits. False: there are not so many GPUs. */
+static bool check_divided(qvl__pool *pool, qvl__device *cpu, int gpus, const layer_case *c) {
+    qvl__device_options o = options;
+    qvl__device *d;
+    o.gpus = gpus;
+    if (qvl__device_open(&d, pool, "cuda", &o)) {
+        if (!strstr(qvl_last_error(), "visible")) fail_msg("%s", qvl_last_error());
+        return false;
+    }
+    float *want = run_layer(cpu, c), *got = run_layer(d, c), *again = run_layer(d, c);
+    size_t n = (size_t)(c->rows * c->vocab);
+    double square = 0, off = 0;
+    for (size_t i = 0; i < n; i++) square += (double)want[i] * want[i], off += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
+    /* int8 and int4: the CPU rounds activations to 8 bits */
+    double bound = !options.bf16_math ? (qvl__type_quantised(c->type) ? 0.03 : 1e-5) : 0.03;
+    if (!(sqrt(off / square) <= bound)) fail_msg("%d GPUs, weights %d, %d rows: rms %.3g of the CPU's", gpus, c->type, c->rows, sqrt(off / square));
+    check_bits("again", d->isa, got, again, n);
+    free(want), free(got), free(again);
+    d->close(d);
+    return true;
+}
+
+static void test_divided(void **state) {
+    (void)state;
+    qvl__pool *pool;
+    qvl__device *cpu;
+    int most = 1;
+    assert_int_equal(qvl__pool_new(&pool, 1), 0);
+    assert_int_equal(qvl__cpu_open(&cpu, pool, false), 0);
+    for (int t = 0; t < N_MATRIX_TYPES; t++)
+        for (int shape = 0; shape < 3; shape++) {
+            /* keys of two heads; of one, that all GPUs have; as many as queries, with a bias. Odd sizes where they may be. */
+            layer_case c = {.hidden = 100, .head_dim = 32, .heads = 4, .kv_heads = shape == 0 ? 2 : shape == 1 ? 1 : 4, .type = matrix_types[t]};
+            c.rows = shape == 0 ? 1 : shape == 1 ? 9 : 70, c.inter = shape == 2 ? 160 : 208, c.vocab = 301;
+            int all = (c.heads + 2 * c.kv_heads) * c.head_dim, q = c.heads * c.head_dim, h = c.hidden;
+            float *w[] = {random_floats((size_t)(c.vocab * h), 1), random_floats((size_t)(all * h), 0.2f), random_floats((size_t)(h * q), 0.2f),
+                          random_floats((size_t)(2 * c.inter * h), 0.2f), random_floats((size_t)(h * c.inter), 0.2f), random_floats((size_t)(c.inter * h), 0.2f),
+                          random_floats((size_t)(h * c.inter), 0.2f), random_floats((size_t)all, 1), random_floats((size_t)c.inter, 1), random_floats((size_t)h, 1),
+                          random_floats((size_t)c.head_dim, 1), random_floats((size_t)(c.rows * c.head_dim / 2), 1), random_floats((size_t)(c.rows * c.head_dim / 2), 1)};
+            int32_t ids[70], seq[70] = {0}, pos[70], blocks[4] = {2, 0, 3, 1};
+            for (int r = 0; r < c.rows; r++) ids[r] = random_below(c.vocab), pos[r] = r;
+            c.table = w[0], c.qkv = w[1], c.o = w[2], c.gate_up = w[3], c.down = w[4], c.fc1 = w[5], c.fc2 = w[6], c.qkv_b = w[7], c.fc1_b = w[8], c.fc2_b = w[9], c.norm = w[10];
+            c.cos = w[11], c.sin = w[12], c.ids = ids, c.seq = seq, c.pos = pos, c.blocks = blocks;
+            for (int gpus = 2; gpus <= 4; gpus += 2)
+                if (check_divided(pool, cpu, gpus, &c)) most = gpus;
+            for (size_t i = 0; i < sizeof w / sizeof *w; i++) free(w[i]);
+        }
+    cpu->close(cpu);
+    qvl__pool_free(pool);
+    if (most == 1) skip();
+}
+
 /* What fast does not promise: there few and many rows are each held to the reference and not to one another. */
 static void same_products(void **state) {
     if (apart == 0) test_matmul_bits(state);
@@ -88,7 +202,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_staging),      cmocka_unit_test(test_map),          cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed),      cmocka_unit_test(test_matmul),
                                        cmocka_unit_test(same_products),     cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
                                        cmocka_unit_test(test_moe_route),    cmocka_unit_test(same_decoding),     cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_vision),
-                                       cmocka_unit_test(test_refusals)};
+                                       cmocka_unit_test(test_refusals),      cmocka_unit_test(test_divided)};
     qvl__pool *pool;
     qvl__device *d;
     if (qvl__pool_new(&pool, 1) || qvl__device_open(&d, pool, "cuda", &options)) {

@@ -21,7 +21,8 @@ def load():
     models = {}
 
     def get(name, **options):
-        options = {**support.DEVICE, **options}
+        if options.get("device") != "cpu":
+            options = {**support.DEVICE, **options}
         key = (name, tuple(sorted(options.items())))
         if key not in models:
             models[key] = qvl.Model(support.CHECKPOINTS[name], **options)

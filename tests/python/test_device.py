@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import qvl
-from support import ROOT, TINY, drain
+from support import CHECKPOINTS, DEVICE, ROOT, TINY, drain
 
 ON_GPU = os.environ.get("QVL_TEST_DEVICE") == "cuda"
 EMULATED = "emu" in os.environ.get("QVL_CUDA_PLUGIN", "")
@@ -145,7 +145,7 @@ def test_like_the_cpu(load, dtype):
 def test_packed(load, tmp_path):
     """A packed file gives what rounding while loading gives."""
     qvl.quantize(TINY, tmp_path / "packed", dtype="int4")
-    here, there = qvl.Model(tmp_path / "packed", device="cuda"), load("qvl-tiny", dtype="int4")
+    here, there = qvl.Model(tmp_path / "packed", **DEVICE), load("qvl-tiny", dtype="int4")
     tokens = here.prompt(ASK)
     assert np.array_equal(here.logits(tokens), there.logits(there.prompt(ASK)))
 
@@ -166,3 +166,102 @@ def test_too_much(load):
     """A context that the GPU has no room for is refused with the numbers."""
     with pytest.raises(qvl.Error, match="MiB"):
         qvl.Engine(load("qvl-tiny", dtype="f32"), kv_blocks=16777216)
+
+
+# ------------------------------------------------------------------------------------------------- several share a model
+
+
+def sharing(gpus, **options):
+    """qvl-tiny on so many GPUs; skips where there are fewer."""
+    try:
+        return qvl.Model(TINY, **{"device": "cuda", **options, "tensor_parallel_size": gpus})
+    except qvl.Error as e:
+        if "visible" in str(e):
+            pytest.skip(str(e))
+        raise
+
+
+@gpu
+@pytest.mark.parametrize("gpus,dtype", [(2, "f32"), (4, "f32"), (2, "auto"), (4, "auto"), (2, "int8"), (2, "int4")])
+def test_parallel(gpus, dtype, load):
+    """Two or four GPUs (keys of two heads, so that four have some twice) against one CPU: image, prompt, recorded steps."""
+    many, cpu = sharing(gpus, dtype=dtype), load("qvl-tiny", dtype=dtype, device="cpu")
+    assert many.info["isa"].endswith(f" x {gpus}")
+    x, y = many.encode_image(SHAPES).to_numpy(), cpu.encode_image(SHAPES).to_numpy()
+    assert np.sqrt(np.mean((x - y) ** 2)) / y.std() <= {"f32": 2e-5, "auto": 0.02, "int8": 0.03}.get(dtype, 0.03)
+    a, b = many.logits(many.prompt(ASK)), cpu.logits(cpu.prompt(ASK))
+    assert np.sqrt(np.mean((a - b) ** 2)) / b.std() <= {"f32": 2e-5, "auto": 0.02, "int8": 0.03}.get(dtype, 0.05)
+    if dtype == "f32":
+        assert answers(many, [many.prompt(ASK)])[0] == answers(cpu, [cpu.prompt(ASK)])[0]
+
+
+@gpu
+@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("dtype", ["f32", "auto"])
+def test_parallel_bits(gpus, dtype):
+    """In modes that promise the same bits in every batch, several GPUs keep the promise."""
+    model = sharing(gpus, dtype=dtype, deterministic=True)
+    prompts = [model.prompt(ASK), model.prompt([{"role": "user", "content": "Name three colours."}])]
+    found = []
+    for together, rows in ((False, 512), (True, 512), (True, 7)):
+        out = []
+        for group in ([prompts] if together else [[p] for p in prompts]):
+            engine = qvl.Engine(model, max_context=256, max_batched_tokens=rows, prefix_cache=False)
+            numbers = [engine.submit(p, temperature=0, max_tokens=5, ignore_eos=True, return_logits=True) for p in group]
+            done = drain(engine)
+            out += [np.stack(done[n].logits) for n in numbers]
+        found.append(out)
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            assert np.array_equal(a, b)
+
+
+@gpu
+def test_parallel_packed(tmp_path):
+    """Parts of a packed file are the parts that rounding while loading gives."""
+    for dtype in ("int4", "f32"):
+        qvl.quantize(TINY, tmp_path / dtype, dtype=dtype)
+        here, there = sharing(2, dtype=dtype), qvl.Model(tmp_path / dtype, device="cuda", dtype=dtype, tensor_parallel_size=2)
+        assert np.array_equal(here.encode_image(SHAPES).to_numpy(), there.encode_image(SHAPES).to_numpy())
+        assert np.array_equal(here.logits(here.prompt(ASK)), there.logits(there.prompt(ASK)))
+
+
+@gpu
+def test_parallel_refusals():
+    sharing(4)
+    with pytest.raises(qvl.Error, match="cannot be divided among 3 GPUs"):
+        sharing(3)
+    with pytest.raises(qvl.Error, match=r"tensor_parallel_size is 8, but \d+ NVIDIA GPUs are visible"):
+        qvl.Model(TINY, device="cuda", tensor_parallel_size=8)
+    with pytest.raises(qvl.Error, match="only GPUs can share a model"):
+        qvl.Model(TINY, device="cpu", tensor_parallel_size=2)
+
+
+LOSE = """
+import qvl
+from support import TINY
+model = qvl.Model(TINY, device="cuda", dtype="f32", tensor_parallel_size=2)
+print("loaded")
+engine = qvl.Engine(model, max_context=256)
+engine.submit(model.prompt([{"role": "user", "content": "Name three colours."}]), temperature=0, max_tokens=64, ignore_eos=True)
+while engine.active:
+    for event in engine.step():
+        if event.error:
+            print("failed:", event.error)
+try:
+    model.logits(model.prompt([{"role": "user", "content": "Again."}]))
+except qvl.Error as e:
+    print("refused:", e)
+"""
+
+
+@pytest.mark.skipif(not EMULATED, reason="QVL_CUDA_PLUGIN is not the emulator")
+@pytest.mark.parametrize("lost", ["0:480", "1:480", "0:777", "1:1000"])
+def test_parallel_lost(lost):
+    """One of two GPUs fails in the middle of an answer: the other one does not wait for it for ever, and the error says which."""
+    env = {**os.environ, "QVL_EMU_LOST": lost, "QVL_EMU_DEVICES": "2", "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "tests" / "python")])}
+    done = subprocess.run([sys.executable, "-c", LOSE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["loaded", "failed:", "refused:"], done.stdout
+    assert all(f"on GPU {lost[0]}: " in line for line in lines[1:]), done.stdout

@@ -25,14 +25,17 @@ struct part {
     int n, k; /* of the part */
 };
 
-/* Part number `rank` of size things: whole units, the last part may be smaller. */
-static inline run cut(int size, int unit, int rank, int ranks) {
-    int64_t each = ((int64_t)size + (int64_t)unit * ranks - 1) / ((int64_t)unit * ranks) * unit, from = each * rank, left = size - from;
-    return run{(int)(from < size ? from : size), (int)(left < 0 ? 0 : left < each ? left : each)};
+/* Part number `rank` of size things, in whole units but for the very last one; some parts may have a unit more. */
+static inline run cut_units(int size, int unit, int rank, int ranks) {
+    int64_t units = ((int64_t)size + unit - 1) / unit, from = units * rank / ranks * unit, to = units * (rank + 1) / ranks * unit;
+    return run{(int)from, (int)((to < size ? to : size) - from)};
 }
-/* Inputs in groups of 32, as integers have their scales, where every GPU gets some. */
-static inline run cut_even(int size, int rank, int ranks) {
-    return cut(size, cut(size, QVL__GROUP, ranks - 1, ranks).count > 0 ? QVL__GROUP : 1, rank, ranks);
+/* What passes from one weight to the next: in groups of 32, as integers have their scales, where every GPU gets some. */
+static inline run cut_inner(int size, int rank, int ranks) { return cut_units(size, size > QVL__GROUP * (ranks - 1) ? QVL__GROUP : 1, rank, ranks); }
+/* What is brought together: parts of the same size, the last one may be smaller. */
+static inline run cut_table(int size, int rank, int ranks) {
+    int each = (int)(((int64_t)size + ranks - 1) / ranks), from = each * rank < size ? each * rank : size;
+    return run{from, size - from < each ? size - from : each};
 }
 /* Heads; of fewer heads than GPUs, one is shared by several. */
 static inline run cut_heads(int heads, int rank, int ranks) {
@@ -46,11 +49,9 @@ static inline part part_of(int n, int k, const qvl__role *r, int rank, int ranks
     if (ranks == 1) return p;
     switch (r->division) {
     case QVL__WHOLE: return p;
-    case QVL__BY_OUTPUT:
-    case QVL__TABLE: p.out[0] = cut_even(p.out[0].count, rank, ranks); break;
-    case QVL__BY_INPUT:
-        p.in = dim ? cut(k, dim, rank, ranks) : cut_even(k, rank, ranks);
-        break;
+    case QVL__BY_OUTPUT: p.out[0] = cut_inner(p.out[0].count, rank, ranks); break;
+    case QVL__TABLE: p.out[0] = cut_table(n, rank, ranks); break;
+    case QVL__BY_INPUT: p.in = dim ? cut_units(k, dim, rank, ranks) : cut_inner(k, rank, ranks); break;
     case QVL__BY_HEAD:
         for (int i = 0; i < 3; i++) {
             run heads = cut_heads(i ? r->kv_heads : queries / dim, rank, ranks);

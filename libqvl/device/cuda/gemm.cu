@@ -159,7 +159,7 @@ static void product(cuda *c, const finish &f, const float *x, size_t ldx, int ro
 
 /* Partial results are brought together on each GPU. */
 static void table_product(cuda *c, const finish &f, float *y, const float *x, int rows, const qvl__matrix *m, const rows_of &w) {
-    int each = cut_even(m->n, 0, c->ranks).count, most = cuda_gather_rows(c, each);
+    int each = cut_table(m->n, 0, c->ranks).count, most = cuda_gather_rows(c, each);
     for (int r = 0; r < rows; r += most) {
         int some = rows - r < most ? rows - r : most;
         finish g = f;

@@ -30,7 +30,10 @@ bool cuda_wait(cuda *c, cudaEvent_t e) {
     for (;;) { /* what the stream waits for may never come from a GPU that has failed */
         cudaError_t is = e ? cudaEventQuery(e) : cudaStreamQuery(c->stream);
         if (is != cudaErrorNotReady) return cuda_ok(c, is, "waiting for the GPU") && !c->failed;
-        if (cuda_lost(c)) return false;
+        if (cuda_lost(c)) { /* its communicator is aborted: what is on the stream comes to an end */
+            cudaStreamSynchronize(c->stream);
+            return false;
+        }
         sched_yield();
     }
 }

@@ -46,9 +46,10 @@ static int load(const qvl__host *host) {
     return 0;
 }
 
-static bool nccl_ok(cuda *c, ncclResult_t r, const char *what) {
-    if (r != ncclSuccess && r != ncclInProgress) cuda_failed(c, QVL_ENODEV, what, nccl.GetErrorString(r));
-    return !c->failed;
+static void nccl_ok(cuda *c, ncclResult_t r, const char *what) {
+    if (r == ncclSuccess || r == ncclInProgress) return;
+    cuda_failed(c, QVL_ENODEV, what, nccl.GetErrorString(r));
+    cuda_leave(c); /* nobody is to wait for this GPU */
 }
 
 int cuda_join(cuda **gpus, int count, const qvl__host *host) {

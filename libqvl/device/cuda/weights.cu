@@ -18,7 +18,7 @@ static int matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int
     if (n <= 0 || k <= 0 || (role.gate_up && n % 2)) return c->host->fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
     if (k > 1 << 20) return c->host->fail(QVL_EUNSUPPORTED, "a weight of %d inputs: at most %d are supported", k, 1 << 20);
     bool integers = qvl__type_quantised(type);
-    if (!divisible(type, n, k, &role, c->ranks) || (role.division == QVL__TABLE && c->ranks > 1 && cuda_gather_rows(c, cut_even(n, 0, c->ranks).count) < 1))
+    if (!divisible(type, n, k, &role, c->ranks) || (role.division == QVL__TABLE && c->ranks > 1 && cuda_gather_rows(c, cut_table(n, 0, c->ranks).count) < 1))
         return c->host->fail(QVL_EUNSUPPORTED, "a weight of %d outputs and %d inputs cannot be divided among %d GPUs%s: choose another tensor_parallel_size", n, k, c->ranks,
                              integers ? " in groups of 32" : "");
     part p = part_of(n, k, &role, c->rank, c->ranks);
