@@ -68,6 +68,9 @@ check-emu-ops: $(EMU_SO) $(B)/tests/ops/cuda_ops
 # EMU_GOLDENS and EMU_DEVICE choose some of them ("-k ..."): all take half an hour.
 EMU_GOLDENS ?=
 EMU_DEVICE ?=
+# GPUs that share the model.
+EMU_GPUS ?= 1
+EMU_ENV += $(if $(filter-out 1,$(EMU_GPUS)),QVL_TEST_GPUS=$(EMU_GPUS))
 check-emu-goldens: all $(EMU_SO)
 	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py tests/python/test_moe.py $(EMU_GOLDENS)
 	$(EMU_ENV) QVL_EMU_ASYNC=lazy QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_device.py $(EMU_DEVICE)

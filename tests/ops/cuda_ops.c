@@ -127,17 +127,19 @@ static float *run_layer(qvl__device *d, const layer_case *c) {
     d->matmul(d, z, y, rows, &m[6], fc2_b, QVL__EPI_NONE);
     d->matmul(d, out, z, rows, &m[0], NULL, QVL__EPI_NONE);
     float *got = floats((size_t)(rows * c->vocab));
-    d->get(d, got, out, FLOATS(rows * c->vocab));
     if (d->sync(d)) fail_msg("%s", qvl_last_error());
+    fill_nan(got, (size_t)(rows * c->vocab));
+    d->get(d, got, out, FLOATS(rows * c->vocab));
+    float *now = copy_floats(got, (size_t)(rows * c->vocab)); /* what is there when get returns */
     d->kv_free(d, &kv);
     for (size_t i = 0; i < sizeof m / sizeof *m; i++) d->matrix_free(d, &m[i]);
     void *const buffers[] = {x, y, z, out, norm, cs, sn, qkv_b, fc1_b, fc2_b, ids, seq, pos, blocks};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) d->free(d, buffers[i], 1);
-    free(host);
-    return got;
+    free(host), free(got);
+    return now;
 }
 
-/* As on one CPU; two runs give the same bits. False: there are not so many GPUs. */
+/* As on one CPU; again, the same bits. False: there are not so many GPUs. */
 static bool check_divided(qvl__pool *pool, qvl__device *cpu, int gpus, const layer_case *c) {
     qvl__device_options o = options;
     qvl__device *d;
@@ -153,7 +155,7 @@ static bool check_divided(qvl__pool *pool, qvl__device *cpu, int gpus, const lay
     /* int8 and int4: the CPU rounds activations to 8 bits */
     double bound = !options.bf16_math ? (qvl__type_quantised(c->type) ? 0.03 : 1e-5) : 0.03;
     if (!(sqrt(off / square) <= bound)) fail_msg("%d GPUs, weights %d, %d rows: rms %.3g of the CPU's", gpus, c->type, c->rows, sqrt(off / square));
-    check_bits("again", d->isa, got, again, n);
+    if (gpus == 2 || apart == 0) check_bits("again", d->isa, got, again, n); /* else in which order bf16 are added is NCCL's business */
     free(want), free(got), free(again);
     d->close(d);
     return true;

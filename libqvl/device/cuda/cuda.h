@@ -25,6 +25,7 @@ extern "C" {
 #define STAGES 4                        /* parts of the staging memory, reused in turn */
 #define STAGE_BYTES ((size_t)8 << 20)
 #define GATHER_BYTES ((size_t)32 << 20) /* parts of several GPUs on their way together */
+#define ROUNDED_ROWS 64                 /* from so many rows on, sums over GPUs may be sent in bf16 */
 #define GRAPHS 64                       /* recorded steps that are kept */
 #define LT_PLANS 256                    /* remembered choices of cuBLASLt */
 
@@ -136,6 +137,8 @@ void cuda_leave(cuda *c);
 bool cuda_lost(cuda *c); /* whether a GPU has failed; then this one waits for no other any more */
 /* x[count] = the sum of x over all GPUs; the same bits on each. */
 void cuda_sum(cuda *c, float *x, size_t count);
+/* y[count] = (with add: +=) the sum of part over all GPUs, sent in bf16; rounded: room for as many bf16. */
+void cuda_sum_rounded(cuda *c, float *y, const float *part, bf16 *rounded, int rows, int n, bool add);
 /* Most rows of cuda_gather at once, where the largest part has `each` columns. */
 int cuda_gather_rows(const cuda *c, int each);
 /* Where this GPU's part [rows][each] of rows that are brought together goes. */

@@ -169,6 +169,19 @@ static void table_product(cuda *c, const finish &f, float *y, const float *x, in
     }
 }
 
+/* Partial sums of many rows, sent in bf16: the link between GPUs is what takes the time. */
+static void rounded_sums(cuda *c, finish f, const float *x, int rows, const qvl__matrix *m, const rows_of &w) {
+    bool add = f.kind == QVL__EPI_ADD;
+    float *y = f.y, *partial = c->gather;
+    int most = (int)(GATHER_BYTES / ((size_t)m->n * (sizeof(float) + sizeof(bf16))));
+    f.kind = QVL__EPI_NONE, f.y = partial;
+    for (int r = 0; r < rows; r += most) {
+        int some = rows - r < most ? rows - r : most;
+        product(c, f, x + (size_t)r * (size_t)m->k, (size_t)m->k, some, w);
+        cuda_sum_rounded(c, y + (size_t)r * (size_t)m->n, partial, (bf16 *)(partial + (size_t)some * (size_t)m->n), some, m->n, add);
+    }
+}
+
 static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *m, const float *bias, qvl__epilogue e) {
     entered c(d);
     if (rows <= 0) return;
@@ -184,8 +197,13 @@ static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl
         return;
     }
     if (divided && m->role.division == QVL__BY_INPUT) {
+        if (c->rank) f.bias = NULL; /* it is added once */
         if (e != QVL__EPI_NONE && e != QVL__EPI_ADD) cuda_failed(c, QVL_EINTERNAL, "matmul", "an activation of partial sums");
-        if (c->rank) f.kind = QVL__EPI_NONE, f.bias = NULL; /* y and the bias are added once */
+        if (rows >= ROUNDED_ROWS && d->bf16_math && !c->deterministic) {
+            rounded_sums(c, f, x, rows, m, w);
+            return;
+        }
+        if (c->rank) f.kind = QVL__EPI_NONE; /* and so is y */
     }
     product(c, f, x, (size_t)m->k, rows, w);
     if (divided && m->role.division == QVL__BY_INPUT) cuda_sum(c, y, (size_t)rows * (size_t)m->n);

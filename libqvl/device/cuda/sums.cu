@@ -95,6 +95,14 @@ void cuda_sum(cuda *c, float *x, size_t count) {
     }
 }
 
+void cuda_sum_rounded(cuda *c, float *y, const float *part, bf16 *rounded, int rows, int n, bool add) {
+    if (!c->comm) return;
+    size_t count = (size_t)rows * (size_t)n;
+    LAUNCH(c, round_rows, dim3(rows), dim3(256), 0, QVL__BF16, (void *)rounded, part, (size_t)n, n, n);
+    nccl_ok(c, nccl.AllReduce(rounded, rounded, count, ncclBfloat16, ncclSum, (ncclComm_t)c->comm, c->stream), "ncclAllReduce");
+    LAUNCH(c, take_sums, dim3((unsigned)((count + 1023) / 1024)), dim3(256), 0, y, (const bf16 *)rounded, count, add);
+}
+
 #else /* built without NCCL's header */
 
 int cuda_join(cuda **, int, const qvl__host *host) { return host->fail(QVL_EUNSUPPORTED, "this libqvl-cuda.so was built without nccl.h: tensor_parallel_size must be 1; install libnccl-dev and run \"make cuda\""); }
@@ -102,6 +110,7 @@ void cuda_leave(cuda *) {}
 bool cuda_lost(cuda *) { return true; }
 static void all_gather(cuda *, const float *, size_t) {}
 void cuda_sum(cuda *, float *, size_t) {}
+void cuda_sum_rounded(cuda *, float *, const float *, bf16 *, int, int, bool) {}
 
 #endif
 

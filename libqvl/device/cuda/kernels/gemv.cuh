@@ -83,15 +83,6 @@ template <int TYPE, int ROWS> static __global__ void __launch_bounds__(GEMV_WARP
     }
 }
 
-/* k numbers at the beginning of each ldx of x rounded to type (BF16, or F16: what is too large becomes its largest), [rows][kp], zero behind k. */
-static __global__ void round_rows(int type, void *to, const float *x, size_t ldx, int k, int kp) {
-    for (int i = threadIdx.x; i < kp; i += blockDim.x) {
-        float v = i < k ? x[(size_t)blockIdx.x * ldx + i] : 0.0f;
-        if (type == QVL__F16) v = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
-        store_number(type, to, (size_t)blockIdx.x * kp + i, v);
-    }
-}
-
 /* y = epilogue(sums) for sums [rows][n] that a library product has left. */
 static __global__ void finish_rows(finish f, const float *sums) {
     for (int c = 2 * (blockIdx.y * blockDim.x + threadIdx.x); c < f.n; c += 2 * gridDim.y * blockDim.x) {

@@ -26,4 +26,10 @@ static __global__ void join_columns(float *y, const float *parts, int each, int 
         y[(size_t)r * n + i] = parts[((size_t)(i / each) * rows + r) * each + i % each];
 }
 
+/* y[i] = sum[i], or += with add. */
+static __global__ void take_sums(float *y, const bf16 *sum, size_t count, bool add) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x)
+        y[i] = add ? y[i] + __bfloat162float(sum[i]) : __bfloat162float(sum[i]);
+}
+
 #endif
