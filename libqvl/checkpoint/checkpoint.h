@@ -60,6 +60,7 @@ typedef struct {
     qvl__processor processor;
     qvl__generation_config generation;
     int32_t image_token, video_token, vision_start, vision_end;
+    int fp8_block[2]; /* quantization_config of an FP8 checkpoint: rows and columns that share a scale; 0: none */
     char *chat_template; /* text, or NULL when the checkpoint has none */
 } qvl__config;
 int qvl__config_load(qvl__config *c, const char *dir);
@@ -69,15 +70,17 @@ void qvl__config_free(qvl__config *c);
 
 /* ---- safetensors.c ---- */
 
-typedef struct {
+typedef struct qvl__tensor {
     char *name;
-    char dtype[8]; /* as written: "BF16", "F16", "F32", ... */
+    char dtype[8]; /* as written: "BF16", "F16", "F32", "F8_E4M3", ... */
     int64_t shape[8];
     int rank;
     const uint8_t *data; /* inside a mapping */
     uint64_t bytes;
     int shard;
     bool used;
+    const struct qvl__tensor *scale; /* FP8: [rows / block[0]][columns / block[1]], rounded up; set by who uses it */
+    int block[2];
 } qvl__tensor;
 typedef struct {
     qvl__tensor *tensors; /* sorted by name */
@@ -90,6 +93,13 @@ typedef struct {
 int qvl__safetensors_open(qvl__safetensors *s, const char *dir);
 void qvl__safetensors_close(qvl__safetensors *s);
 qvl__tensor *qvl__safetensors_find(qvl__safetensors *s, const char *name);
+
+/* ---- numbers.c ---- */
+
+/* The type in which a device takes t: its own, F32 for FP8 with scales. QVL_EUNSUPPORTED for others. */
+int qvl__numbers_type(const qvl__tensor *t, qvl__type *out);
+/* Rows [first, first + rows) of k numbers as floats. t has a type of the above. */
+void qvl__numbers(float *out, const qvl__tensor *t, size_t first, size_t rows, size_t k);
 
 /* ---- pack.c: weights as they lie in memory, in one file ---- */
 

@@ -263,6 +263,23 @@ static int parse_vision(reader r, const qvl__text_config *t, qvl__vision_config 
     return 0;
 }
 
+/* What is quantised in a checkpoint; tensors tell which of them are. */
+static int parse_fp8(qvl__config *c, const char *path, const json_t *q) {
+    if (!q || json_is_null(q)) return 0;
+    const char *method = json_string_value(json_object_get(q, "quant_method")), *fmt = json_string_value(json_object_get(q, "fmt"));
+    const json_t *block = json_object_get(q, "weight_block_size");
+    if (!method || strcmp(method, "fp8") != 0 || (fmt && strcmp(fmt, "e4m3") != 0) || json_array_size(block) != 2)
+        return qvl__fail(QVL_EUNSUPPORTED, "%s: quantization_config: quant_method %.40s%s is not supported; FP8 (e4m3) with a weight_block_size is, and so is the BF16 original", path,
+                         method ? method : "unnamed", method && strcmp(method, "fp8") == 0 ? " of this kind" : "");
+    for (size_t i = 0; i < 2; i++) {
+        const json_t *n = json_array_get(block, i);
+        if (!json_is_integer(n) || json_integer_value(n) < 1 || json_integer_value(n) > 1 << 20)
+            return qvl__fail(QVL_EFORMAT, "%s: quantization_config.weight_block_size is not two sizes", path);
+        c->fp8_block[i] = (int)json_integer_value(n);
+    }
+    return 0;
+}
+
 static int parse_config(qvl__config *c, const char *path, const json_t *root) {
     reader top = {path, "", root, 0};
     if (!json_is_object(root)) return qvl__fail(QVL_EFORMAT, "%s: not a JSON object", path);
@@ -275,9 +292,8 @@ static int parse_config(qvl__config *c, const char *path, const json_t *root) {
         return qvl__fail(QVL_EUNSUPPORTED, "%s: architecture %.80s (model_type %.80s) is not supported; this library runs Qwen3-VL "
                          "(Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration)", path, arch ? arch : "unnamed", type);
     snprintf(c->family, sizeof c->family, "%s", type);
-    if (json_object_get(root, "quantization_config"))
-        return qvl__fail(QVL_EUNSUPPORTED, "%s: quantization_config: quantised checkpoints are not supported; use the BF16 original", path);
-    int rc = parse_text(section(&top, "text_config"), &top, moe, &c->text);
+    int rc = parse_fp8(c, path, json_object_get(root, "quantization_config"));
+    if (rc == 0) rc = parse_text(section(&top, "text_config"), &top, moe, &c->text);
     if (rc == 0) rc = parse_vision(section(&top, "vision_config"), &c->text, &c->vision);
     if (rc) return rc;
     int last = c->text.vocab - 1;

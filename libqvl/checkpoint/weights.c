@@ -6,7 +6,8 @@
  * Invariants: q, k, v share one matrix, gate and up another: one pass over the activations each;
  *             mapped pages are given back as soon as they are packed, so loading needs the weights once, not twice;
  *             a packed directory (pack.c) holds the matrices as the device wants them: they are mapped, not read;
- *             a stored type is kept when it holds the values exactly (dtype auto, f32), rounded only for bf16, int8 and int4:
+ *             a stored type is kept when it holds the values exactly (dtype auto, f32; FP8 with scales: bf16 with auto, float
+ *             with f32), rounded only for bf16, int8 and int4:
  *             int8 takes every product but the router's, whose choices are worth more than its bytes; int4 the text layers,
  *             while the embedding, the head and the vision tower stay at int8.
  */
@@ -30,7 +31,7 @@ typedef struct {
     bool packed;               /* the directory is a packed one */
     qvl__packer *to;           /* each weight goes there instead of staying; NULL: it stays */
     char at[48];               /* where we are, in the names of packed files: "text.3." */
-    bool round_bf16;
+    bool round_bf16, exact;    /* exact: dtype f32 */
     const qvl__type *force; /* type of the matrices to come; NULL: theirs */
     const qvl__mix *plan;  /* replaces what force says */
     uint64_t done, total;
@@ -38,14 +39,6 @@ typedef struct {
     void *ud;
     int rc; /* first failure; later calls do nothing */
 } loader;
-
-static int type_of(const qvl__tensor *t, qvl__type *out) {
-    if (strcmp(t->dtype, "BF16") == 0) *out = QVL__BF16;
-    else if (strcmp(t->dtype, "F16") == 0) *out = QVL__F16;
-    else if (strcmp(t->dtype, "F32") == 0) *out = QVL__F32;
-    else return qvl__fail(QVL_EUNSUPPORTED, "tensor %.120s: type %s is not supported; use a BF16, F16 or F32 checkpoint", t->name, t->dtype);
-    return 0;
-}
 
 /* What a weight is made of: a tensor and the shape that it must have, cols 0 for a vector. Without tensor (packed files
  * have no such parts, and after a failure) the shape alone. */
@@ -79,6 +72,26 @@ static void check_shape(loader *l, qvl__tensor *t, const char *name, int64_t row
     t->used = true;
 }
 
+/* An FP8 tensor's scales, one for each block. */
+static void find_scale(loader *l, qvl__tensor *t, int64_t rows, int64_t cols) {
+    const int *block = l->c->fp8_block;
+    if (!block[0] || cols == 0) {
+        l->rc = qvl__fail(QVL_EFORMAT, "%s: tensor %s is FP8, %s", l->dir, t->name, cols ? "but config.json has no quantization_config" : "which only matrices may be");
+        return;
+    }
+    if (t->rank != 2) {
+        l->rc = qvl__fail(QVL_EUNSUPPORTED, "%s: tensor %s: FP8 in a tensor of %d dimensions is not supported, experts must have a tensor each", l->dir, t->name, t->rank);
+        return;
+    }
+    char name[280];
+    snprintf(name, sizeof name, "%s_scale_inv", t->name);
+    qvl__tensor *scale = qvl__safetensors_find(&l->st, name);
+    qvl__type type;
+    check_shape(l, scale, name, (rows + block[0] - 1) / block[0], (cols + block[1] - 1) / block[1]);
+    if (l->rc == 0) l->rc = qvl__numbers_type(scale, &type);
+    t->scale = scale, t->block[0] = block[0], t->block[1] = block[1];
+}
+
 /* The tensor of a name (prefix + printf of rest) that must have this shape; rank 2 dims may be stored flattened from
  * more (the patch embedding's Conv3d weight). Marks it used. */
 static source need(loader *l, int64_t rows, int64_t cols, const char *prefix, const char *fmt, ...) QVL__PRINTF(5, 6);
@@ -95,6 +108,7 @@ static source need(loader *l, int64_t rows, int64_t cols, const char *prefix, co
     va_end(ap);
     qvl__tensor *t = qvl__safetensors_find(&l->st, name);
     check_shape(l, t, name, rows, cols);
+    if (l->rc == 0 && strcmp(t->dtype, "F8_E4M3") == 0) find_scale(l, t, rows, cols);
     if (l->rc == 0) s.t = t;
     return s;
 }
@@ -114,7 +128,8 @@ static qvl__type forced(const loader *l) { return l->plan ? l->plan->types[l->w-
 static int common_type(loader *l, const source *ts, int n, qvl__type *out) {
     for (int i = 0; i < n; i++) {
         qvl__type t;
-        if ((l->rc = type_of(ts[i].t, &t)) < 0) return l->rc;
+        if ((l->rc = qvl__numbers_type(ts[i].t, &t)) < 0) return l->rc;
+        if (ts[i].t->scale && !l->exact) t = QVL__BF16; /* as their authors compute with them where there is no FP8 arithmetic */
         *out = i == 0 || *out == t ? t : QVL__F32;
     }
     if (l->round_bf16) *out = QVL__BF16;
@@ -136,27 +151,48 @@ static void enlist(loader *l, qvl__matrix *m) {
     l->rc = QVL_ENOMEM;
 }
 
+typedef struct {
+    float *out;
+    const qvl__tensor *t;
+    int first, count, tasks;
+    size_t k;
+} widening;
+
+static void widen_task(void *ctx, int task, int worker) {
+    const widening *w = ctx;
+    int from = (int)((int64_t)w->count * task / w->tasks), to = (int)((int64_t)w->count * (task + 1) / w->tasks);
+    (void)worker;
+    qvl__numbers(w->out + (size_t)from * w->k, w->t, (size_t)(w->first + from), (size_t)(to - from), w->k);
+}
+
+static void widen_rows(loader *l, float *out, const qvl__tensor *t, int first, int count, size_t k) {
+    widening w = {out, t, first, count, count < 64 ? count : 64, k};
+    qvl__pool_run(l->d->pool, w.tasks, widen_task, &w);
+}
+
 static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
     qvl__type type;
-    if (l->rc || (l->rc = type_of(t, &type)) < 0) return;
-    size_t row = (size_t)m->k * qvl__type_size(type);
+    if (l->rc || (l->rc = qvl__numbers_type(t, &type)) < 0) return;
+    size_t k = (size_t)m->k, row = k * qvl__type_size(type), stored = t->bytes / (uint64_t)t->shape[0];
     int rows = (int)t->shape[0], step = (int)(CHUNK / row / 16 * 16);
     if (step < 16) step = 16;
     for (int r = 0; r < rows && l->rc == 0; r += step) {
         int count = rows - r < step ? rows - r : step;
-        const uint8_t *src = t->data + (size_t)r * row;
-        if ((uintptr_t)src % qvl__type_size(type)) { /* a header of odd length: the data is not aligned */
+        const uint8_t *src = t->data + (size_t)r * stored;
+        if (t->scale || (uintptr_t)src % qvl__type_size(type)) { /* FP8, or a header of odd length: the data is not aligned */
             void *copy = qvl__malloc((size_t)count * row);
             if (!copy) {
                 l->rc = QVL_ENOMEM;
                 return;
             }
-            memcpy(copy, src, (size_t)count * row);
+            if (t->scale) widen_rows(l, copy, t, r, count, k);
+            else memcpy(copy, src, (size_t)count * row);
             l->d->matrix_put(l->d, m, first + r, count, type, copy);
             qvl__free(copy);
         } else l->d->matrix_put(l->d, m, first + r, count, type, src);
-        advance(l, t, src, (size_t)count * row);
+        advance(l, t, src, (size_t)count * stored);
     }
+    if (t->scale) advance(l, t->scale, t->scale->data, t->scale->bytes);
 }
 
 /* Types of matrices. */
@@ -187,30 +223,6 @@ static void map_matrix(loader *l, qvl__matrix *m, qvl__role role, int n, int k, 
     advance(l, t, t->data, t->bytes);
 }
 
-static float half_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = h >> 10 & 31, man = h & 1023, bits;
-    float f;
-    if (exp == 0) {
-        f = (float)man * 0x1p-24f;
-        memcpy(&bits, &f, 4);
-        bits |= sign;
-    } else bits = sign | (exp == 31 ? 0x7F800000 : (exp + 112) << 23) | man << 13;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-/* n numbers of a tensor as floats; src may lie at any address. */
-static void widen(float *out, qvl__type type, const uint8_t *src, size_t n) {
-    if (type == QVL__F32) memcpy(out, src, n * sizeof(float));
-    else for (size_t i = 0; i < n; i++) {
-        uint16_t u;
-        memcpy(&u, src + 2 * i, 2);
-        uint32_t wide = (uint32_t)u << 16;
-        if (type == QVL__BF16) memcpy(&out[i], &wide, 4);
-        else out[i] = half_to_float(u);
-    }
-}
-
 /* sqrt(sum (w - packed w)^2 / sum w^2) over at most ROWS output features, evenly chosen. */
 #define ROWS 256
 static double error_of(loader *l, const qvl__matrix *m, const source *ts) {
@@ -221,9 +233,7 @@ static double error_of(loader *l, const qvl__matrix *m, const source *ts) {
         int32_t f = (int32_t)((int64_t)i * m->n / (m->n < ROWS ? m->n : ROWS)), row = f;
         const source *from = ts;
         for (; row >= from->rows; from++) row -= (int32_t)from->rows;
-        qvl__type type;
-        type_of(from->t, &type);
-        widen(was, type, from->t->data + (size_t)row * k * qvl__type_size(type), k);
+        qvl__numbers(was, from->t, (size_t)row, 1, k);
         l->d->embed(l->d, is, m, &f, 1);
         for (size_t j = 0; j < k; j++) {
             double d = (double)was[j] - (double)is[j];
@@ -279,7 +289,7 @@ static float *vector(loader *l, const char *part, source from) {
     if (l->rc) return NULL;
     qvl__tensor *t = from.t;
     if (l->packed) check_shape(l, t = qvl__safetensors_find(&l->st, name), name, from.rows, from.cols);
-    if (l->rc || (l->rc = type_of(t, &type)) < 0) return NULL;
+    if (l->rc || (l->rc = qvl__numbers_type(t, &type)) < 0) return NULL;
     size_t n = t->bytes / qvl__type_size(type);
     float *host = qvl__array(NULL, n, sizeof(float)), *p = host ? l->d->alloc(l->d, n * sizeof(float)) : NULL;
     if (!p) {
@@ -287,7 +297,7 @@ static float *vector(loader *l, const char *part, source from) {
         l->rc = QVL_ENOMEM;
         return NULL;
     }
-    widen(host, type, t->data, n);
+    qvl__numbers(host, t, 0, 1, n);
     l->d->put(l->d, p, host, n * sizeof(float));
     if (l->to) {
         uint64_t shape[2] = {(uint64_t)from.rows, (uint64_t)from.cols};
@@ -390,7 +400,7 @@ static void experts(loader *l, qvl__matrix **out, qvl__role role, int inputs, in
         l->rc = qvl__fail(QVL_EFORMAT, "%s: tensor %s is not [experts][%d inputs][%d outputs]", l->dir, t->name, inputs, outputs);
         return;
     }
-    type_of(t, &stored);
+    qvl__numbers_type(t, &stored);
     size_t size = qvl__type_size(stored), bytes = (size_t)inputs * (size_t)outputs * size;
     uint8_t *turned = qvl__malloc(bytes);
     if (!turned) l->rc = QVL_ENOMEM;
@@ -410,6 +420,28 @@ static void experts(loader *l, qvl__matrix **out, qvl__role role, int inputs, in
     qvl__free(turned);
 }
 
+/* The same as a tensor for each expert and projection, as FP8 checkpoints have them; false: they are not stored like that. */
+static bool single_experts(loader *l, qvl__text_layer *b, int i) {
+    const qvl__text_config *t = &l->c->text;
+    const char *p = l->text;
+    char part[256];
+    snprintf(part, sizeof part, "%slayers.%d.mlp.experts.0.gate_proj.weight", p, i);
+    if (l->rc || !qvl__safetensors_find(&l->st, part)) return false;
+    b->expert_gate_up = qvl__calloc((size_t)t->experts, sizeof *b->expert_gate_up);
+    b->expert_down = qvl__calloc((size_t)t->experts, sizeof *b->expert_down);
+    if (!b->expert_gate_up || !b->expert_down) l->rc = QVL_ENOMEM;
+    for (int e = 0; e < t->experts && l->rc == 0; e++) {
+        snprintf(part, sizeof part, "experts.%d.gate_up_proj", e);
+        matrix(l, &b->expert_gate_up[e], part, GATE_UP, need(l, t->expert_inter, t->hidden, p, "layers.%d.mlp.experts.%d.gate_proj.weight", i, e),
+               need(l, t->expert_inter, t->hidden, p, "layers.%d.mlp.experts.%d.up_proj.weight", i, e), NONE);
+    }
+    for (int e = 0; e < t->experts && l->rc == 0; e++) {
+        snprintf(part, sizeof part, "experts.%d.down_proj", e);
+        matrix(l, &b->expert_down[e], part, BY_INPUT, need(l, t->hidden, t->expert_inter, p, "layers.%d.mlp.experts.%d.down_proj.weight", i, e), NONE, NONE);
+    }
+    return true;
+}
+
 static void load_mlp(loader *l, qvl__text_layer *b, int i) {
     const qvl__text_config *t = &l->c->text;
     const char *p = l->text;
@@ -418,6 +450,7 @@ static void load_mlp(loader *l, qvl__text_layer *b, int i) {
         l->force = NULL;
         matrix(l, &b->router, "router", WHOLE, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NONE, NONE);
         l->force = force;
+        if (single_experts(l, b, i)) return;
         experts(l, &b->expert_gate_up, GATE_UP, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
         experts(l, &b->expert_down, BY_INPUT, t->expert_inter, t->hidden, "down_proj", i);
         return;
@@ -552,14 +585,14 @@ static int load(loader *l, const char *dtype) {
 
 int qvl__weights_load(qvl__weights *w, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype,
                       qvl_progress_fn progress, void *ud) {
-    loader l = {.d = d, .c = c, .w = w, .dir = dir, .round_bf16 = strcmp(dtype, "bf16") == 0, .progress = progress, .ud = ud};
+    loader l = {.d = d, .c = c, .w = w, .dir = dir, .round_bf16 = strcmp(dtype, "bf16") == 0, .exact = strcmp(dtype, "f32") == 0, .progress = progress, .ud = ud};
     return load(&l, dtype);
 }
 
 int qvl__weights_pack(qvl__packer *to, const qvl__config *c, const char *dir, qvl__device *d, const char *dtype, const qvl__mix *plan,
                       qvl_progress_fn progress, void *ud) {
     qvl__weights w;
-    loader l = {.d = d, .c = c, .w = &w, .dir = dir, .to = to, .plan = plan, .round_bf16 = strcmp(dtype, "bf16") == 0, .progress = progress, .ud = ud};
+    loader l = {.d = d, .c = c, .w = &w, .dir = dir, .to = to, .plan = plan, .round_bf16 = strcmp(dtype, "bf16") == 0, .exact = strcmp(dtype, "f32") == 0, .progress = progress, .ud = ud};
     int rc = load(&l, dtype);
     if (rc) return rc;
     rc = qvl__packer_end(to, qvl__type_name(w.type));

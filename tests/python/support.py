@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import struct
 from typing import NamedTuple
 
@@ -63,6 +64,42 @@ def raw_safetensors(path):
     size, = struct.unpack("<Q", data[:8])
     return {name: (t["dtype"], t["shape"], data[8 + size + t["data_offsets"][0]:8 + size + t["data_offsets"][1]])
             for name, t in json.loads(data[8:8 + size]).items() if name != "__metadata__"}
+
+
+class MIXTURE:
+    """Sizes of the checkpoint that mixture() makes."""
+    experts, top_k, inter, plain_layer = 6, 2, 40, 1
+
+
+def mixture(out):
+    """A mixture of experts: the golden checkpoint "untied" with random experts in all layers but one (mlp_only_layers)."""
+    source = CHECKPOINTS["untied"]
+    for f in source.iterdir():
+        if f.suffix != ".safetensors" and f.name != "model.safetensors.index.json":
+            shutil.copy(f, out)
+    config = json.loads((source / "config.json").read_text())
+    text = config["text_config"]
+    config.update(architectures=["Qwen3VLMoeForConditionalGeneration"], model_type="qwen3_vl_moe")
+    text.update(model_type="qwen3_vl_moe_text", num_experts=MIXTURE.experts, num_experts_per_tok=MIXTURE.top_k, moe_intermediate_size=MIXTURE.inter,
+                decoder_sparse_step=1, mlp_only_layers=[MIXTURE.plain_layer], norm_topk_prob=True)
+    config["vision_config"]["model_type"] = "qwen3_vl_moe"
+    (out / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for shard in sorted(source.glob("*.safetensors")):
+        tensors.update(raw_safetensors(shard))
+    rng, hidden = np.random.default_rng(5), text["hidden_size"]
+    for i in range(text["num_hidden_layers"]):
+        if i == MIXTURE.plain_layer:
+            continue
+        p = f"model.language_model.layers.{i}.mlp."
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            del tensors[p + name + ".weight"]
+        for name, shape, scale in (("gate.weight", (MIXTURE.experts, hidden), .3), ("experts.gate_up_proj", (MIXTURE.experts, hidden, 2 * MIXTURE.inter), .15),
+                                   ("experts.down_proj", (MIXTURE.experts, MIXTURE.inter, hidden), .15)):
+            cut = (np.ascontiguousarray(rng.standard_normal(shape) * scale, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            tensors[p + name] = ("BF16", shape, cut.tobytes())
+    write_safetensors(out / "model.safetensors", tensors)
+    return out
 
 
 @functools.lru_cache(maxsize=None)

@@ -639,7 +639,7 @@ config("QVL_EUNSUPPORTED", "older_model", r"Qwen2_5_VLForConditionalGeneration",
 config("QVL_EUNSUPPORTED", "half_moe", r"model_type",
        lambda c: c.update(architectures=["Qwen3VLMoeForConditionalGeneration"], model_type="qwen3_vl_moe"))
 config("QVL_EUNSUPPORTED", "llama", r"llama", lambda c: c.update(architectures=["LlamaForCausalLM"], model_type="llama"))
-config("QVL_EUNSUPPORTED", "quantised", r"quantization_config", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
+config("QVL_EUNSUPPORTED", "quantised", r"quantization_config: quant_method gptq is not supported", lambda c: c.update(quantization_config={"quant_method": "gptq"}))
 config("QVL_EUNSUPPORTED", "rope_type", r'rope_type is "longrope"', rope(rope_type="longrope"))
 config("QVL_EFORMAT", "yarn_length", r"original_max_position_embeddings is missing", rope(rope_type="yarn", factor=2.0))
 config("QVL_EFORMAT", "yarn_factor", r"factor is not a number from 1 to", rope(rope_type="yarn", factor=0.5, original_max_position_embeddings=4096))

@@ -1,10 +1,8 @@
 """test_moe - Qwen3-VL's mixture of experts against a direct computation in float64.
 
-A dense golden checkpoint gets random experts in all layers but one (mlp_only_layers). The reference is written
-from transformers' modeling_qwen3_vl_moe; the engine also gives transformers' own greedy tokens on a checkpoint of that
+The reference is written from transformers' modeling_qwen3_vl_moe; the engine also gives transformers' own greedy tokens on a checkpoint of that
 architecture, which is too large to keep here.
 """
-import json
 import shutil
 
 import numpy as np
@@ -12,52 +10,21 @@ import pytest
 
 import qvl
 from reference import silu, softmax, text_logits
-from support import CHECKPOINTS, DEVICE, drain, raw_safetensors, run, write_safetensors
-
-EXPERTS, TOP_K, INTER, PLAIN_LAYER = 6, 2, 40, 1
-
-
-def bf16(x):
-    return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+from support import CHECKPOINTS, DEVICE, MIXTURE, drain, mixture, raw_safetensors, run, write_safetensors
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    source, out = CHECKPOINTS["untied"], tmp_path_factory.mktemp("moe")
-    for f in source.iterdir():
-        if f.suffix != ".safetensors" and f.name != "model.safetensors.index.json":
-            shutil.copy(f, out)
-    config = json.loads((source / "config.json").read_text())
-    text = config["text_config"]
-    config.update(architectures=["Qwen3VLMoeForConditionalGeneration"], model_type="qwen3_vl_moe")
-    text.update(model_type="qwen3_vl_moe_text", num_experts=EXPERTS, num_experts_per_tok=TOP_K, moe_intermediate_size=INTER,
-                decoder_sparse_step=1, mlp_only_layers=[PLAIN_LAYER], norm_topk_prob=True)
-    config["vision_config"]["model_type"] = "qwen3_vl_moe"
-    (out / "config.json").write_text(json.dumps(config))
-    tensors = {}
-    for shard in sorted(source.glob("*.safetensors")):
-        tensors.update(raw_safetensors(shard))
-    rng, hidden = np.random.default_rng(5), text["hidden_size"]
-    for i in range(text["num_hidden_layers"]):
-        if i == PLAIN_LAYER:
-            continue
-        p = f"model.language_model.layers.{i}.mlp."
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            del tensors[p + name + ".weight"]
-        for name, shape, scale in (("gate.weight", (EXPERTS, hidden), .3), ("experts.gate_up_proj", (EXPERTS, hidden, 2 * INTER), .15),
-                                   ("experts.down_proj", (EXPERTS, INTER, hidden), .15)):
-            tensors[p + name] = ("BF16", shape, bf16(rng.standard_normal(shape) * scale).tobytes())
-    write_safetensors(out / "model.safetensors", tensors)
-    return out
+    return mixture(tmp_path_factory.mktemp("moe"))
 
 
 def experts(i, h, lin, w):
     """transformers' Qwen3VLMoeTextSparseMoeBlock."""
-    if i == PLAIN_LAYER:
+    if i == MIXTURE.plain_layer:
         return None
     p, route, y = f"model.language_model.layers.{i}.mlp.experts.", softmax(lin("mlp.gate", h)), np.zeros_like(h)
     for r in range(len(h)):
-        chosen = np.argsort(-route[r], kind="stable")[:TOP_K]
+        chosen = np.argsort(-route[r], kind="stable")[:MIXTURE.top_k]
         for e in chosen:
             gate, up = np.split(h[r] @ w[p + "gate_up_proj"][e], 2)
             y[r] += route[r, e] / route[r, chosen].sum() * ((silu(gate) * up) @ w[p + "down_proj"][e])

@@ -1,0 +1,127 @@
+"""FP8 checkpoints (E4M3, a scale for each block), against the same numbers stored as BF16 and F32.
+
+Job:        turn a checkpoint of the goldens into an FP8 one as transformers' fine-grained FP8 lays it out; load both.
+Input:      tests/golden.
+Output:     logits of both, bit by bit.
+Invariants: the decoder here is a table made from the format's definition, not the library's.
+"""
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import qvl
+from support import CHECKPOINTS, DEVICE, mixture, raw_safetensors, read_safetensors, write_safetensors
+
+# All 256 numbers: sign, four exponent bits (bias 7), three mantissa bits; the last of each sign is NaN.
+E4M3 = np.array([(-1.0) ** (b >> 7) * ((b & 7) / 8 * 2.0 ** -6 if b >> 3 & 15 == 0 else (1 + (b & 7) / 8) * 2.0 ** ((b >> 3 & 15) - 7)) for b in range(256)], np.float32)
+E4M3[[0x7F, 0xFF]] = np.nan
+BLOCK = (128, 32)
+
+
+def widened(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def bf16(x):
+    """Rounded to nearest even, as bits."""
+    u = x.astype(np.float32).view(np.uint32)
+    return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def to_fp8(w):
+    """Codes and scales (as bits of BF16); rounding to the nearest."""
+    rows, cols = w.shape
+    high, wide = -(-rows // BLOCK[0]), -(-cols // BLOCK[1])
+    full = np.zeros((high * BLOCK[0], wide * BLOCK[1]), np.float32)
+    full[:rows, :cols] = w
+    scale = bf16(np.abs(full.reshape(high, BLOCK[0], wide, BLOCK[1])).max((1, 3)) / 448 + 1e-12)
+    by = np.repeat(np.repeat(widened(scale), BLOCK[0], 0), BLOCK[1], 1)[:rows, :cols]
+    order = np.argsort(E4M3[:0x7F], kind="stable")
+    values = E4M3[:0x7F][order]
+    at = np.clip(np.searchsorted((values[1:] + values[:-1]) / 2, np.abs(w / by)), 0, len(values) - 1)
+    return (order[at] | (np.signbit(w) << 7)).astype(np.uint8), scale, by
+
+
+def checkpoints(source, at, experts=False):
+    """FP8 and, of the same numbers, F32 and BF16 directories."""
+    tensors = raw_safetensors(source / "model.safetensors")
+    arrays = read_safetensors(source / "model.safetensors")
+    out = {"fp8": {}, "f32": {}, "bf16": {}}
+    for name, (dtype, shape, raw) in tensors.items():
+        parts = {name: widened(arrays[name])} if ".layers." in name and "language_model" in name and len(shape) == 2 and not name.endswith("mlp.gate.weight") else {}
+        if experts and ".mlp.experts." in name:
+            for e, w in enumerate(widened(arrays[name])):
+                base, inter = f"{name.rsplit('.', 1)[0]}.{e}", w.shape[1] // 2
+                halves = {"gate_proj": w[:, :inter], "up_proj": w[:, inter:]} if name.endswith("gate_up_proj") else {"down_proj": w}
+                parts.update({f"{base}.{kind}.weight": np.ascontiguousarray(x.T) for kind, x in halves.items()})
+        if not parts:
+            for tensors_of in out.values():
+                tensors_of[name] = (dtype, shape, raw)
+        for part, w in parts.items():
+            codes, scale, by = to_fp8(w)
+            value = E4M3[codes] * by
+            out["fp8"][part] = ("F8_E4M3", w.shape, codes.tobytes())
+            out["fp8"][part + "_scale_inv"] = ("BF16", scale.shape, scale.tobytes())
+            out["f32"][part] = ("F32", w.shape, value.tobytes())
+            out["bf16"][part] = ("BF16", w.shape, bf16(value).tobytes())
+    for kind, of in out.items():
+        shutil.copytree(source, at / kind)
+        write_safetensors(at / kind / "model.safetensors", of)
+        if kind == "fp8":
+            config = json.loads((at / kind / "config.json").read_text())
+            config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
+            (at / kind / "config.json").write_text(json.dumps(config))
+    return at
+
+
+@pytest.fixture(scope="module", params=["tied", "mixture"])
+def made(request, tmp_path_factory):
+    at = tmp_path_factory.mktemp(request.param)
+    if request.param == "tied":
+        return checkpoints(CHECKPOINTS["tied"], at)
+    return checkpoints(mixture(tmp_path_factory.mktemp("plain")), at, experts=True)
+
+
+def logits(path, dtype):
+    model = qvl.Model(path, **DEVICE, dtype=dtype)
+    return model.logits(model.prompt([{"role": "user", "content": "Name three colours."}])), model
+
+
+@pytest.mark.parametrize("dtype,same", [("auto", "bf16"), ("bf16", "bf16"), ("f32", "f32"), ("int8", "f32"), ("int4", "f32")])
+def test_same_numbers(made, dtype, same):
+    """auto and bf16 round the numbers to bf16, f32 keeps them, integers are made from what they are."""
+    a, model = logits(made / "fp8", dtype)
+    b, _ = logits(made / same, dtype)
+    assert np.array_equal(a, b)
+    assert model.info["dtype"] == {"auto": "bf16"}.get(dtype, model.info["dtype"])
+
+
+def test_packed(made, tmp_path):
+    """A packed file made of it."""
+    qvl.quantize(made / "fp8", tmp_path / "packed", dtype="int8")
+    assert np.array_equal(logits(tmp_path / "packed", "auto")[0], logits(made / "fp8", "int8")[0])
+
+
+def test_refused(made, tmp_path):
+    name = next(n for n in raw_safetensors(made / "fp8" / "model.safetensors") if n.endswith("_scale_inv"))
+
+    def broken(change):
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        shutil.copytree(made / "fp8", tmp_path / "broken")
+        tensors = raw_safetensors(tmp_path / "broken" / "model.safetensors")
+        config = json.loads((tmp_path / "broken" / "config.json").read_text())
+        change(tensors, config)
+        write_safetensors(tmp_path / "broken" / "model.safetensors", tensors)
+        (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(qvl.Error) as e:
+            qvl.Model(tmp_path / "broken")
+        return str(e.value)
+
+    assert f"tensor {name} is missing" in broken(lambda t, c: t.pop(name))
+    assert "no quantization_config" in broken(lambda t, c: c.pop("quantization_config"))
+    assert "weight_block_size is not two sizes" in broken(lambda t, c: c["quantization_config"].update(weight_block_size=[0, 128]))
+    assert "quant_method awq is not supported" in broken(lambda t, c: c["quantization_config"].update(quant_method="awq"))
+    dtype, shape, raw = raw_safetensors(made / "fp8" / "model.safetensors")[name]
+    assert f"tensor {name} has shape" in broken(lambda t, c: t.update({name: (dtype, [shape[0] + 1, shape[1]], raw + raw[: 2 * shape[1]])}))
