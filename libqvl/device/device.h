@@ -11,6 +11,7 @@
 #define QVL__DEVICE_H
 
 #include "../base/base.h"
+#include "draw.h"
 
 /* I8 is a type of cached keys and values only: 8-bit integers with one float scale per token and KV head.
  * Q8 and Q4 are types of matrices only: 8-bit and 4-bit integers with one scale for QVL__GROUP inputs of an output
@@ -165,6 +166,10 @@ struct qvl__device {
     /* Mixture of experts: softmax over logits[rows][experts], the top_k largest (the lower index among equals), their
      * weights scaled to add up to 1. expert, weight [rows][top_k]. */
     void (*moe_route)(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k);
+
+    /* chosen[i] = the token that draws[i] takes from its row of logits [.][vocab], which is overwritten, or QVL__DRAW_*; ids from limit on
+     * are not taken. NULL where the host can read logits: it samples them itself (sample/sample.c). */
+    void (*sample)(qvl__device *d, int32_t *chosen, float *logits, int vocab, int limit, const qvl__draw *draws, int rows, const qvl__changed *changed);
 
     /* Vision: qkv is [rows][3 * heads * head_dim]. rotate_half RoPE on q and k by cos, sin [span][head_dim / 2], where
      * rows repeat every span (one temporal patch = one span). */

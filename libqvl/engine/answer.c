@@ -152,8 +152,12 @@ static bool is_end(const qvl__request *r, int32_t token) {
     return false;
 }
 
-/* Samples the next token and reports it; logits are overwritten. guess: its place in the draft, when it was guessed. */
-static void advance(qvl_engine *e, qvl__request *r, float *logits, int guess) {
+/* End tokens that row `at` may not give yet. */
+static int banned_at(const qvl__request *r, int at) { return at + 1 - r->prompt_n < r->min_tokens ? r->n_eos + r->n_stop_ids : 0; }
+
+/* Samples the token behind number `at` and reports it; logits are overwritten, NULL: the device has taken `chosen`. guess: its place in
+ * the draft, when it was guessed. */
+static void advance(qvl_engine *e, qvl__request *r, int at, float *logits, int32_t chosen, int guess) {
     size_t vocab = (size_t)e->model->config.text.vocab;
     qvl__buf *text = new_text(e, r);
     qvl_event *v = new_event(e, QVL_EVENT_TOKEN, r);
@@ -164,8 +168,8 @@ static void advance(qvl_engine *e, qvl__request *r, float *logits, int guess) {
         v->logits = copy;
         v->n_logits = vocab;
     }
-    int n_banned = r->generated < r->min_tokens ? r->n_eos + r->n_stop_ids : 0;
-    int rc = qvl__sample(&r->sampler, logits, token_limit(e), r->banned, n_banned, (uint64_t)r->prompt_n + (uint64_t)r->generated, &v->sampled);
+    int rc = logits ? qvl__sample(&r->sampler, logits, token_limit(e), r->banned, banned_at(r, at), (uint64_t)at + 1, &v->sampled)
+                    : qvl__sampler_take(chosen, &v->sampled);
     if (rc) {
         e->n_events--;
         qvl__answer_fail(e, r, rc);
@@ -203,5 +207,29 @@ void qvl__answer_row(qvl_engine *e, const qvl__batch *b, int out) {
     }
     /* the row of the sequence's last token: a guess that was wrong, and all behind it, are not */
     if (at + 1 != qvl__request_tokens(r) || b->tokens[row] != qvl__request_token(r, at)) return;
-    advance(e, r, logits, at + 1 - (r->cached - r->n_draft));
+    bool there = !e->rows.drawn[out];
+    advance(e, r, at, there ? logits : NULL, there ? 0 : e->ws.host_chosen[out], at + 1 - (r->cached - r->n_draft));
+}
+
+/* Whether the device can do what the host would do with an output. Guesses are taken to be right, as their rows count only then; what
+ * they do to penalties is not worked out in advance. */
+static bool drawable(const qvl_engine *e, const qvl__request *r, int at) {
+    bool reports = r->prompt_logprobs >= 0 && r->reported < r->prompt_n;
+    return e->ws.host_draws && !r->logits && !reports && (r->n_draft == 0 || !r->sampler.count) && at + 1 >= r->prompt_n;
+}
+
+void qvl__answer_draws(qvl_engine *e, qvl__batch *b) {
+    b->token_limit = token_limit(e);
+    for (int i = 0; i < b->outs; i++) {
+        const qvl__request *r = e->rows.out_request[i];
+        int at = b->pos[b->out_row[i]];
+        qvl__draw *d = &e->ws.host_draws[b->draws];
+        e->rows.drawn[i] = drawable(e, r, at) && qvl__sampler_draw(&r->sampler, r->banned, banned_at(r, at), (uint64_t)at + 1, d, e->ws.host_changed + b->changes,
+                                                                   QVL__CHANGES - b->changes);
+        if (!e->rows.drawn[i]) continue;
+        d->row = i;
+        d->first = b->changes;
+        b->changes += d->bias + d->seen + d->banned;
+        b->draws++;
+    }
 }

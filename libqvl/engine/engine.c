@@ -31,6 +31,7 @@ static int new_rows(qvl_engine *e) {
     e->rows.visual_src = qvl__array(NULL, rows, sizeof(void *));
     e->rows.out_row = qvl__array(NULL, outs, sizeof(int32_t));
     e->rows.out_request = qvl__array(NULL, outs, sizeof(void *));
+    e->rows.drawn = qvl__array(NULL, outs, sizeof(bool));
     e->running = qvl__array(NULL, seqs, sizeof(void *));
     e->encoding.picture = qvl__array(NULL, seqs, sizeof(void *));
     e->encoding.visual = qvl__array(NULL, seqs, sizeof(void *));
@@ -38,7 +39,7 @@ static int new_rows(qvl_engine *e) {
     e->cap_events = 3 * e->plan.max_out + 300; /* a prompt's token, an answer's and an end for each; what a sweep may end */
     e->events = qvl__array(NULL, (size_t)e->cap_events, sizeof *e->events);
     return e->rows.tokens && e->rows.positions && e->rows.seq && e->rows.pos && e->rows.table && e->rows.visual_row && e->rows.visual_index &&
-                   e->rows.visual_src && e->rows.out_row && e->rows.out_request && e->running && e->encoding.picture && e->encoding.visual &&
+                   e->rows.visual_src && e->rows.out_row && e->rows.out_request && e->rows.drawn && e->running && e->encoding.picture && e->encoding.visual &&
                    e->encoding.embedding && e->events
                ? 0
                : QVL_ENOMEM;
@@ -104,7 +105,7 @@ void qvl_engine_free(qvl_engine *e) {
     }
     void *const all[] = {e->pictures, e->events, e->live, e->running, e->encoding.picture, e->encoding.visual, e->encoding.embedding,
                          e->rows.tokens, e->rows.positions, e->rows.seq, e->rows.pos, e->rows.table, e->rows.visual_row, e->rows.visual_index,
-                         e->rows.visual_src, e->rows.out_row, e->rows.out_request};
+                         e->rows.visual_src, e->rows.out_row, e->rows.out_request, e->rows.drawn};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) qvl__free(all[i]);
     qvl__sample_scratch_free(&e->scratch);
     qvl__tower_free(e->tower);
@@ -231,6 +232,7 @@ int qvl_engine_step(qvl_engine *e, int timeout_ms) {
     int rows = pace(e);
     qvl__batch b;
     qvl__batch_build(e, &b, rows);
+    qvl__answer_draws(e, &b);
     run(e, &b);
     publish(e);
     return e->n_events;

@@ -161,6 +161,7 @@ struct qvl_engine {
         int32_t *tokens, *positions, *seq, *pos, *table, *visual_row, *visual_index, *out_row;
         const qvl_embedding **visual_src;
         qvl__request **out_request;
+        bool *drawn; /* outputs that the device samples */
         int decode_rows, prefill_rows, prompt_rows, spare_outs;
     } rows;
 };
@@ -237,7 +238,9 @@ int qvl__speculate(qvl__request *r, int n);
 /* ---- answer.c ---- */
 /* Room for one more event of a request that is not running. */
 static inline bool qvl__answer_room(const qvl_engine *e) { return e->n_events < 256; }
-/* Turns row number out of the step's logits into events of its request. */
+/* Lists the outputs that the device may sample, if it does that. */
+void qvl__answer_draws(qvl_engine *e, qvl__batch *b);
+/* Turns output number out of the step into events of its request. */
 void qvl__answer_row(qvl_engine *e, const qvl__batch *b, int out);
 /* Ends a request before its time: "cancelled" or "deadline". */
 void qvl__answer_end(qvl_engine *e, qvl__request *r, const char *reason);

@@ -79,6 +79,13 @@ typedef struct {
     int max_seqs, table_stride;
     float *host_cos, *host_sin;
     float *host_logits; /* where the host reads logits: logits itself in host memory */
+    /* sampling on the device, where it has that (op sample) */
+    qvl__draw *draws;         /* [max_out] */
+    qvl__changed *changed;    /* [QVL__CHANGES] */
+    int32_t *chosen;          /* [max_out] */
+    qvl__draw *host_draws;
+    qvl__changed *host_changed;
+    int32_t *host_chosen;
     /* mixture of experts only */
     float *routes, *route_weight, *scale, *expert_x, *expert_y;
     int32_t *route, *expert_index;
@@ -104,9 +111,14 @@ typedef struct {
     const int32_t *visual_index;            /* [visual_rows] token of the embedding */
     int outs;
     const int32_t *out_row; /* [outs] rows that give logits */
+    int draws, changes;     /* outputs that the device samples: ws->host_draws[0, draws), by row; of ws->host_changed */
+    int token_limit;        /* with draws: ids that may be taken */
 } qvl__batch;
-/* Runs the batch; keys and values go into kv, ws->host_logits gets [outs][vocab]. Fails only when the device has failed
- * (qvl__device's sync): nothing of the batch counts then. */
+/* Tokens whose logits change, in one step; rows with more are sampled on the host. */
+#define QVL__CHANGES 65536
+/* Runs the batch; keys and values go into kv. ws->host_logits gets [outs][vocab], but for the rows of draws, of which
+ * ws->host_chosen[row] gets what the device has taken (op sample). Fails only when the device has failed (qvl__device's sync):
+ * nothing of the batch counts then. */
 int qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b);
 
 

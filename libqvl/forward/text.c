@@ -31,6 +31,11 @@ static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
     PART(out, (size_t)ws->max_out);
     PART(table, (size_t)ws->max_seqs * (size_t)ws->table_stride);
     PART(logits, (size_t)ws->max_out * (size_t)c->vocab);
+    if (m->device->sample) {
+        PART(draws, (size_t)ws->max_out * sizeof(qvl__draw) / 4);
+        PART(changed, QVL__CHANGES * sizeof(qvl__changed) / 4);
+        PART(chosen, (size_t)ws->max_out);
+    }
     if (c->experts) {
         PART(routes, rows * (size_t)c->experts);
         PART(route, rows * (size_t)c->top_k);
@@ -61,6 +66,12 @@ int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max
         ws->host_logits = qvl__array(NULL, (size_t)max_out * (size_t)m->config.text.vocab, sizeof(float));
         ok = ok && ws->host_logits;
     }
+    if (m->device->sample) {
+        ws->host_draws = qvl__array(NULL, (size_t)max_out, sizeof(qvl__draw));
+        ws->host_changed = qvl__array(NULL, QVL__CHANGES, sizeof(qvl__changed));
+        ws->host_chosen = qvl__array(NULL, 2 * (size_t)max_out, sizeof(int32_t));
+        ok = ok && ws->host_draws && ws->host_changed && ws->host_chosen;
+    }
     if (m->config.text.experts) {
         size_t routes = (size_t)max_rows * (size_t)m->config.text.top_k;
         ws->host_route = qvl__array(NULL, routes, sizeof(int32_t));
@@ -81,6 +92,9 @@ int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max
 void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m) {
     if (ws->base) m->device->free(m->device, ws->base, ws->bytes);
     if (ws->host_logits != ws->logits) qvl__free(ws->host_logits);
+    qvl__free(ws->host_draws);
+    qvl__free(ws->host_changed);
+    qvl__free(ws->host_chosen);
     qvl__free(ws->host_cos);
     qvl__free(ws->host_sin);
     qvl__free(ws->host_route);
@@ -142,6 +156,27 @@ static void layers(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl_
     d->matmul(d, ws->logits, ws->norm, b->outs, &w->lm_head, NULL, QVL__EPI_NONE);
 }
 
+/* Samples on the device the rows that may. */
+static void draw(const qvl_model *m, qvl__text_ws *ws, const qvl__batch *b) {
+    qvl__device *d = m->device;
+    int32_t *taken = ws->host_chosen + ws->max_out; /* by draw */
+    d->put(d, ws->draws, ws->host_draws, (size_t)b->draws * sizeof(qvl__draw));
+    if (b->changes) d->put(d, ws->changed, ws->host_changed, (size_t)b->changes * sizeof(qvl__changed));
+    d->sample(d, ws->chosen, ws->logits, m->config.text.vocab, b->token_limit, ws->draws, b->draws, ws->changed);
+    d->get(d, taken, ws->chosen, (size_t)b->draws * sizeof(int32_t));
+    for (int i = 0; i < b->draws; i++) ws->host_chosen[ws->host_draws[i].row] = taken[i];
+}
+
+/* The logits of all other rows to the host, rows that follow one another together. */
+static void bring_logits(const qvl_model *m, qvl__text_ws *ws, const qvl__batch *b) {
+    qvl__device *d = m->device;
+    size_t vocab = (size_t)m->config.text.vocab;
+    for (int row = 0, k = 0, end; row < b->outs; row = end + 1, k++) {
+        end = k < b->draws ? ws->host_draws[k].row : b->outs;
+        if (end > row) d->get(d, ws->host_logits + (size_t)row * vocab, ws->logits + (size_t)row * vocab, (size_t)(end - row) * vocab * sizeof(float));
+    }
+}
+
 int qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b) {
     const qvl__text_config *c = &m->config.text;
     qvl__device *d = m->device;
@@ -165,6 +200,7 @@ int qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const q
         layers(m, kv, ws, b, &where);
         if (repeats) d->recorded(d);
     }
-    if (b->outs && !d->host_memory) d->get(d, ws->host_logits, ws->logits, (size_t)b->outs * (size_t)c->vocab * sizeof(float));
+    if (b->draws) draw(m, ws, b);
+    if (!d->host_memory) bring_logits(m, ws, b);
     return d->sync(d);
 }

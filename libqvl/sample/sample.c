@@ -7,9 +7,9 @@
  * Output:     a token and log-probabilities of the model's own distribution.
  * Invariants: a function of (logits, options, tokens so far, seed, position): logits stay float through bias,
  *             penalties and temperature (as in transformers and vLLM), probabilities are doubles summed in one fixed
- *             order, the random number is a hash of (seed, position); a tie at the top-k cut keeps all equals (as
- *             transformers does), a tie at the top-p cut keeps the lowest ids; no step sorts more than the
- *             candidates right at a cut.
+ *             order, the random number is a hash of (seed, position), and walks the candidates by id; a tie at the top-k cut keeps
+ *             all equals (as transformers does), a tie at the top-p cut keeps the lowest ids; nothing is sorted.
+ *             device/draw.h has what a GPU shares with this (device.h's op sample).
  */
 #include <float.h>
 #include <jansson.h>
@@ -108,12 +108,15 @@ int qvl__sampler_init(qvl__sampler *s, const qvl__sample_scratch *scratch, const
     size_t v = (size_t)vocab;
     bool ok = rc == 0;
     if (ok && p->repetition != 1) ok = (s->in_prompt = qvl__calloc(v, sizeof *s->in_prompt)) != NULL;
-    if (ok && has_penalty(p)) ok = (s->count = qvl__calloc(v, sizeof *s->count)) != NULL;
+    if (ok && has_penalty(p)) ok = (s->count = qvl__calloc(v, sizeof *s->count)) != NULL && (s->seen = qvl__array(NULL, v, sizeof *s->seen)) != NULL;
     if (rc == 0 && !ok) rc = QVL_ENOMEM;
     for (size_t i = 0; i < n && rc == 0; i++) {
         if (prompt[i] < 0 || prompt[i] >= vocab)
             rc = qvl__fail(QVL_EINVAL, "prompt token %zu is %d; the vocabulary has ids 0 to %d", i, (int)prompt[i], vocab - 1);
-        else if (s->in_prompt) s->in_prompt[prompt[i]] = 1;
+        else if (s->in_prompt && !s->in_prompt[prompt[i]]) {
+            s->in_prompt[prompt[i]] = 1;
+            s->seen[s->n_seen++] = prompt[i];
+        }
     }
     if (rc < 0) qvl__sampler_free(s);
     return rc;
@@ -124,11 +127,13 @@ void qvl__sampler_free(qvl__sampler *s) {
     qvl__free(s->p.bias);
     qvl__free(s->in_prompt);
     qvl__free(s->count);
+    qvl__free(s->seen);
     memset(s, 0, sizeof *s);
 }
 
 void qvl__sampler_accept(qvl__sampler *s, int32_t token) {
-    if (s->count && token >= 0 && token < s->vocab) s->count[token]++;
+    if (!s->count || token < 0 || token >= s->vocab) return;
+    if (s->count[token]++ == 0 && !(s->in_prompt && s->in_prompt[token])) s->seen[s->n_seen++] = token;
 }
 
 /* ---- random number ---- */
@@ -165,7 +170,7 @@ static bool all_numbers(const float *x, int n) {
     uint32_t bad = 0;
     for (int i = 0; i < n; i++) {
         uint32_t bits;
-        memcpy(&bits, &x[i], sizeof bits);
+        memcpy(&bits, &x[i], sizeof bits); /* qvl__is_logit for vectors */
         bad |= (uint32_t)((bits & 0x7FFFFFFFu) > 0x7F800000u) | (uint32_t)(bits == 0x7F800000u); /* NaN, +inf */
     }
     return !bad;
@@ -204,50 +209,33 @@ static int top_logits(const float *x, int limit, int n, int32_t *id) {
 
 /* ---- bias and penalties ---- */
 
-/* What overflows stays comparable. */
-static float bounded(float x) { return x > FLT_MAX ? FLT_MAX : x; }
-
 static void adjust(const qvl__sampler *s, float *x) {
     const qvl__sampling *p = &s->p;
-    for (int i = 0; i < p->n_bias; i++) x[p->bias_id[i]] = bounded(x[p->bias_id[i]] + p->bias[i]);
-    if (!s->count) return;
-    float r = (float)p->repetition, frequency = (float)p->frequency, presence = (float)p->presence;
-    for (int i = 0; i < s->vocab; i++) {
-        uint32_t n = s->count[i];
-        if (!n && !(s->in_prompt && s->in_prompt[i])) continue;
-        float l = x[i];
-        if (s->in_prompt) l = l > 0 ? l / r : l * r; /* Keskar et al. 2019 (CTRL), as in transformers */
-        if (n) l = l - (float)n * frequency - presence;
-        x[i] = bounded(l);
+    for (int i = 0; i < p->n_bias; i++) x[p->bias_id[i]] = qvl__bounded(x[p->bias_id[i]] + p->bias[i]);
+    for (int i = 0; i < s->n_seen; i++) {
+        int32_t id = s->seen[i];
+        x[id] = qvl__penalised(x[id], s->count[id], (float)p->repetition, (float)p->frequency, (float)p->presence);
     }
 }
 
 /* ---- candidates ---- */
 
-/* Floats in the order of unsigned integers. */
-static uint32_t order_of(float x) {
-    uint32_t bits;
-    x += 0.0f; /* -0 and 0 are equal */
-    memcpy(&bits, &x, sizeof bits);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-/* The k-th largest logit of c[0, n), 1 <= k <= n: counts of the upper 11 bits tell the bucket it is in, then the next
- * 11, then the last 10. */
-static uint32_t kth_largest(const candidate *c, int n, int k) {
-    static const int shift[] = {21, 10, 0}, bits[] = {11, 11, 10};
+/* The logit at which the weights of c[0, n), added up from the best one down, reach need; *above: the sum before it. A weight is 1,
+ * or with by_mass the probability. Sums over the upper 11 bits tell the bucket that it is in, then the next 11, then the last 10. */
+static uint32_t cut(const candidate *c, int n, double need, bool by_mass, double *above) {
     uint32_t prefix = 0, mask = 0;
-    for (int pass = 0; pass < 3; pass++) {
-        int counts[1 << 11] = {0};
-        uint32_t field = (1u << bits[pass]) - 1;
+    *above = 0;
+    for (int pass = 0; pass < QVL__ORDER_PASSES; pass++) {
+        double sums[QVL__ORDER_BINS] = {0};
+        uint32_t field = (1u << qvl__order_bits(pass)) - 1, bucket = field;
+        int shift = qvl__order_shift(pass);
         for (int i = 0; i < n; i++) {
-            uint32_t v = order_of(c[i].logit);
-            if ((v & mask) == prefix) counts[v >> shift[pass] & field]++;
+            uint32_t v = qvl__order_of(c[i].logit);
+            if ((v & mask) == prefix) sums[v >> shift & field] += by_mass ? c[i].prob : 1;
         }
-        uint32_t bucket = field;
-        while (counts[bucket] < k) k -= counts[bucket--];
-        prefix |= bucket << shift[pass];
-        mask |= field << shift[pass];
+        while (bucket > 0 && (sums[bucket] == 0 || *above + sums[bucket] < need)) *above += sums[bucket--];
+        prefix |= bucket << shift;
+        mask |= field << shift;
     }
     return prefix;
 }
@@ -256,55 +244,20 @@ static bool above(const candidate *a, const candidate *b) {
     return a->logit > b->logit || (a->logit == b->logit && a->id < b->id);
 }
 
-/* Heap with the best candidate on top. */
-static void sift(candidate *c, int n, int i) {
-    candidate v = c[i];
-    for (int child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && above(&c[child + 1], &c[child])) child++;
-        if (!above(&c[child], &v)) break;
-        c[i] = c[child];
-    }
-    c[i] = v;
-}
-
-/* Keeps the fewest best candidates of c[0, n) that hold mass, at least one; they come first, *sum is their probability.
- * The upper bits of the logits sort into buckets; those above the cut stay as they are, only the bucket with the cut is
- * put in order. Returns their number. */
+/* Keeps the fewest best candidates of c[0, n) that hold mass, at least one, in the order in which they are; *sum is their
+ * probability. Returns their number. */
 static int keep_mass(candidate *c, int n, double mass, double *sum) {
-    enum { SHIFT = 20 };
-    double held[1 << (32 - SHIFT)] = {0};
-    for (int i = 0; i < n; i++) held[order_of(c[i].logit) >> SHIFT] += c[i].prob;
-    uint32_t cut = (1u << (32 - SHIFT)) - 1;
-    double above_cut = 0;
-    while (cut > 0 && (held[cut] == 0 || above_cut + held[cut] < mass)) above_cut += held[cut--];
-    int kept = 0, end = 0;
-    for (int i = 0; i < n; i++) { /* above the cut to the front, the cut's own bucket behind it */
-        uint32_t bucket = order_of(c[i].logit) >> SHIFT;
-        if (bucket < cut) continue;
-        candidate v = c[i];
-        c[i] = c[end];
-        c[end] = v;
-        if (bucket > cut) {
-            c[end] = c[kept];
-            c[kept++] = v;
-        }
-        end++;
+    double held;
+    uint32_t least = cut(c, n, mass, true, &held);
+    int kept = 0;
+    *sum = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t v = qvl__order_of(c[i].logit);
+        if (v < least || (v == least && held > 0 && held >= mass)) continue;
+        if (v == least) held += c[i].prob;
+        *sum += c[i].prob;
+        c[kept++] = c[i];
     }
-    *sum = above_cut;
-    candidate *b = c + kept;
-    int left = end - kept;
-    for (int i = left / 2 - 1; i >= 0; i--) sift(b, left, i);
-    while (left && (kept == 0 || *sum < mass)) {
-        candidate best = b[0];
-        b[0] = b[--left];
-        sift(b, left, 0);
-        b[left] = best;
-        *sum += best.prob;
-        kept++;
-    }
-    /* What was taken stands behind what was not. */
-    int taken = end - (int)(b - c) - left;
-    memmove(b, b + left, (size_t)taken * sizeof *b);
     return kept;
 }
 
@@ -316,19 +269,20 @@ static int distribution(qvl__sampler *s, const float *x, int limit, double *tota
     *total = 0;
     float max = largest(x, limit);
     if (max == -INFINITY) return 0;
-    float t = (float)p->temperature, top = bounded(max / t);
+    float t = (float)p->temperature, top = qvl__bounded(max / t);
     /* prob < min_p * largest prob, in logits: nothing has to be computed for what is dropped */
     double floor_logit = p->min_p > 0 ? top + log(p->min_p) : -INFINITY;
     int n = 0;
     for (int i = 0; i < limit; i++) {
-        float l = bounded(x[i] / t);
+        float l = qvl__bounded(x[i] / t);
         if (l >= floor_logit && l > -INFINITY) c[n++] = (candidate){.logit = l, .id = i};
     }
     if (p->top_k > 0 && p->top_k < n) {
-        uint32_t least = kth_largest(c, n, p->top_k);
+        double better;
+        uint32_t least = cut(c, n, p->top_k, false, &better);
         int kept = 0;
         for (int i = 0; i < n; i++)
-            if (order_of(c[i].logit) >= least) c[kept++] = c[i];
+            if (qvl__order_of(c[i].logit) >= least) c[kept++] = c[i];
         n = kept;
     }
     for (int i = 0; i < n; i++) {
@@ -353,6 +307,26 @@ static int prepare(qvl__sampler *s, float *x, const int32_t *banned, int n_banne
 
 static int nothing_left(void) {
     return qvl__fail(QVL_ENUMERIC, "no token is left to choose from: every logit is -inf or its token is banned");
+}
+
+bool qvl__sampler_draw(const qvl__sampler *s, const int32_t *banned, int n_banned, uint64_t position, qvl__draw *d, qvl__changed *to, int room) {
+    const qvl__sampling *p = &s->p;
+    if (p->logprobs >= 0 || (int64_t)p->n_bias + s->n_seen + n_banned > room) return false;
+    *d = (qvl__draw){.bias = p->n_bias, .seen = s->n_seen, .top_k = p->top_k, .temperature = (float)p->temperature, .repetition = (float)p->repetition,
+                     .frequency = (float)p->frequency, .presence = (float)p->presence, .log_min_p = p->min_p > 0 ? log(p->min_p) : -INFINITY, .top_p = p->top_p,
+                     .uniform = uniform(p->seed, position)};
+    for (int i = 0; i < p->n_bias; i++) *to++ = (qvl__changed){.id = p->bias_id[i], .bias = p->bias[i]};
+    for (int i = 0; i < s->n_seen; i++) *to++ = (qvl__changed){.id = s->seen[i], .count = s->count[s->seen[i]]};
+    for (int i = 0; i < n_banned; i++)
+        if (banned[i] >= 0 && banned[i] < s->vocab) to[d->banned++] = (qvl__changed){.id = banned[i]};
+    return true;
+}
+
+int qvl__sampler_take(int32_t chosen, qvl__choice *out) {
+    if (chosen == QVL__DRAW_NOT_FINITE) return not_finite();
+    if (chosen < 0) return nothing_left();
+    *out = (qvl__choice){.token = chosen, .logprob = NAN};
+    return 0;
 }
 
 static int choose(qvl__sampler *s, const float *x, int limit, uint64_t position, int32_t *token) {

@@ -9,6 +9,7 @@
 #define QVL__SAMPLE_H
 
 #include "../checkpoint/checkpoint.h"
+#include "../device/draw.h"
 
 typedef struct {
     double temperature, top_p, min_p, repetition, presence, frequency;
@@ -45,6 +46,8 @@ typedef struct {
     int vocab;
     uint8_t *in_prompt; /* one byte per token of the vocabulary, only with a repetition penalty */
     uint32_t *count;    /* per token: occurrences in the answer, only with a penalty */
+    int32_t *seen;      /* tokens that a penalty is for, n_seen of them, only with one */
+    int n_seen;
     const qvl__sample_scratch *scratch;
 } qvl__sampler;
 
@@ -59,6 +62,11 @@ void qvl__sampler_free(qvl__sampler *s);
  * id among equals. */
 int qvl__sample(qvl__sampler *s, float *logits, int limit, const int32_t *banned, int n_banned, uint64_t position,
                 qvl__choice *out);
+/* What a device needs to do the same (device.h's op sample) for a row: *d but for its row and first, and the tokens that change, at most
+ * `room` of them, into to. False: they are more, or log-probabilities are wanted, which are the host's business. */
+bool qvl__sampler_draw(const qvl__sampler *s, const int32_t *banned, int n_banned, uint64_t position, qvl__draw *d, qvl__changed *to, int room);
+/* What came of it: as qvl__sample. */
+int qvl__sampler_take(int32_t chosen, qvl__choice *out);
 void qvl__sampler_accept(qvl__sampler *s, int32_t token);
 /* Log-softmax of logits[0, vocab) for token, and the n_top most likely of the ids below limit. token < 0: no logprob.
  * QVL_ENUMERIC when a logit is NaN or +inf. */

@@ -164,6 +164,9 @@ template <int N> inline void qvl_cp_async_wait() { qvl_emu::cp_async_wait(N); }
 
 inline float atomicAdd(float *p, float v) { return qvl_emu::atomic<float>(p, [](float a, float b) { return a + b; }, v); }
 inline int atomicAdd(int *p, int v) { return qvl_emu::atomic<int>(p, [](int a, int b) { return (int)((unsigned)a + (unsigned)b); }, v); }
+inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v) {
+    return qvl_emu::atomic<unsigned long long>(p, [](unsigned long long a, unsigned long long b) { return a + b; }, v);
+}
 inline unsigned atomicAdd(unsigned *p, unsigned v) { return qvl_emu::atomic<unsigned>(p, [](unsigned a, unsigned b) { return a + b; }, v); }
 inline int atomicMax(int *p, int v) { return qvl_emu::atomic<int>(p, [](int a, int b) { return a > b ? a : b; }, v); }
 inline int atomicMin(int *p, int v) { return qvl_emu::atomic<int>(p, [](int a, int b) { return a < b ? a : b; }, v); }

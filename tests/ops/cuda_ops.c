@@ -7,6 +7,7 @@
  *             every batch. fast: rounding to bf16, different kernels for few and many rows.
  */
 #pragma GCC diagnostic ignored "-Wunused-function" /* some cases are the CPU's own */
+#include "../../libqvl/sample/sample.h"
 #include "ops_cases.h"
 #include "shim.h"
 
@@ -191,6 +192,99 @@ static void test_divided(void **state) {
     if (most == 1) skip();
 }
 
+/* ---- sampling ---- */
+
+static const char *pick(const char *const *from, int n) { return from[random_below(n)]; }
+
+/* A sampler with options at random, and some of the tokens so far. */
+static void random_sampler(qvl__sampler *s, const qvl__sample_scratch *scratch, int vocab) {
+    static const char *const temperatures[] = {"0", "0.3", "0.7", "1", "2"}, *const top_p[] = {"0", "0.3", "0.8", "0.95", "1"}, *const top_k[] = {"0", "1", "5", "20", "100000"},
+                            *const min_p[] = {"0", "0", "0.05", "1"}, *const penalty[] = {"1", "1", "1.3", "0.8"}, *const presence[] = {"0", "0", "1.5", "-1"};
+    qvl__generation_config plain = {.temperature = 1, .top_p = 1, .repetition_penalty = 1};
+    qvl_options *o;
+    char number[32];
+    assert_int_equal(qvl_options_new(&o), 0);
+    snprintf(number, sizeof number, "%u", random_u32());
+    qvl_options_set(o, "seed", number);
+    qvl_options_set(o, "temperature", pick(temperatures, 5)), qvl_options_set(o, "top_p", pick(top_p, 5)), qvl_options_set(o, "top_k", pick(top_k, 5));
+    qvl_options_set(o, "min_p", pick(min_p, 4)), qvl_options_set(o, "repetition_penalty", pick(penalty, 4)), qvl_options_set(o, "presence_penalty", pick(presence, 4));
+    qvl_options_set(o, "frequency_penalty", pick(presence, 4));
+    if (random_below(2)) qvl_options_set(o, "logit_bias", vocab > 7 ? "{\"0\": 14, \"7\": 15, \"3\": 13}" : "{\"0\": 14}");
+    int32_t prompt[20];
+    for (int i = 0; i < 20; i++) prompt[i] = random_below(vocab);
+    assert_int_equal(qvl__sampler_init(s, scratch, o, &plain, vocab, prompt, 20), 0);
+    for (int i = 0; i < 30; i++) qvl__sampler_accept(s, random_below(vocab < 40 ? vocab : 40));
+    qvl_options_free(o);
+}
+
+/* Logits as models have them, few that differ, none that may be taken, and broken ones. */
+static void random_logits(float *x, int vocab, int kind) {
+    float steps = kind % 3 == 1 ? 2.0f : 1e6f;
+    for (int i = 0; i < vocab; i++) {
+        x[i] = rintf((random_float() + random_float() + random_float()) * 6 * steps) / steps;
+        if (random_below(50) == 0 || kind == 10) x[i] = -INFINITY;
+    }
+    if (kind == 11) x[random_below(vocab)] = NAN;
+    if (kind == 12) x[random_below(vocab)] = INFINITY;
+}
+
+/* The device takes what qvl__sample takes, row by row, all rows of a launch with samplers of their own. */
+static void sample_rows(qvl__device *d, int vocab, int limit, int rows) {
+    qvl__sample_scratch scratch;
+    qvl__sampler samplers[16];
+    qvl__draw draws[16];
+    qvl__changed changed[16 * 64];
+    int32_t want[16], taken[16], banned[3] = {0, vocab - 1, -1};
+    float *logits = floats((size_t)(rows * vocab)), *copy = floats((size_t)vocab);
+    int changes = 0;
+    assert_int_equal(qvl__sample_scratch_new(&scratch, vocab), 0);
+    for (int i = 0; i < rows; i++) {
+        int row = rows - 1 - i, n_banned = random_below(4);
+        float *x = logits + (size_t)row * (size_t)vocab;
+        uint64_t position = random_u32();
+        qvl__choice c;
+        random_sampler(&samplers[i], &scratch, vocab);
+        random_logits(x, vocab, random_below(14));
+        assert_true(qvl__sampler_draw(&samplers[i], banned, n_banned, position, &draws[i], changed + changes, 16 * 64 - changes));
+        draws[i].row = row, draws[i].first = changes, changes += draws[i].bias + draws[i].seen + draws[i].banned;
+        memcpy(copy, x, FLOATS(vocab));
+        int rc = qvl__sample(&samplers[i], copy, limit, banned, n_banned, position, &c);
+        want[i] = rc == 0 ? c.token : strstr(qvl_last_error(), "finite") ? QVL__DRAW_NOT_FINITE : QVL__DRAW_NOTHING_LEFT;
+    }
+    float *x = brought(d, logits, FLOATS(rows * vocab));
+    qvl__draw *draws_there = brought(d, draws, (size_t)rows * sizeof *draws);
+    qvl__changed *changed_there = brought(d, changed, sizeof changed);
+    int32_t *taken_there = brought(d, want, sizeof want);
+    d->sample(d, taken_there, x, vocab, limit, draws_there, rows, changed_there);
+    d->get(d, taken, taken_there, (size_t)rows * sizeof *taken);
+    for (int i = 0; i < rows; i++) {
+        qvl__choice c;
+        if (taken[i] != want[i]) fail_msg("row %d of %d, %d tokens, temperature %g, top_k %d, top_p %g: %d, not %d", i, rows, vocab, (double)draws[i].temperature, (int)draws[i].top_k,
+                                          draws[i].top_p, (int)taken[i], (int)want[i]);
+        assert_int_equal(qvl__sampler_take(taken[i], &c), want[i] >= 0 ? 0 : QVL_ENUMERIC);
+        qvl__sampler_free(&samplers[i]);
+    }
+    d->free(d, x, 1), d->free(d, draws_there, 1), d->free(d, changed_there, 1), d->free(d, taken_there, 1);
+    free(logits), free(copy);
+    qvl__sample_scratch_free(&scratch);
+}
+
+static void test_sample(void **state) {
+    (void)state;
+    qvl__pool *pool;
+    qvl__device *d;
+    assert_int_equal(qvl__pool_new(&pool, 1), 0);
+    if (qvl__device_open(&d, pool, "cuda", &options)) fail_msg("%s", qvl_last_error());
+    for (int i = 0; i < 120; i++) {
+        static const int sizes[] = {1, 2, 31, 33, 1000, 1024, 1025, 2816, 5003};
+        int vocab = sizes[random_below(9)];
+        sample_rows(d, vocab, random_below(3) ? vocab : vocab - random_below(vocab), 1 + random_below(16));
+    }
+    sample_rows(d, 151936, 151669, 3);
+    d->close(d);
+    qvl__pool_free(pool);
+}
+
 /* What fast does not promise: there few and many rows are each held to the reference and not to one another. */
 static void same_products(void **state) {
     if (apart == 0) test_matmul_bits(state);
@@ -204,7 +298,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_staging),      cmocka_unit_test(test_map),          cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed),      cmocka_unit_test(test_matmul),
                                        cmocka_unit_test(same_products),     cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
                                        cmocka_unit_test(test_moe_route),    cmocka_unit_test(same_decoding),     cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_vision),
-                                       cmocka_unit_test(test_refusals),      cmocka_unit_test(test_divided)};
+                                       cmocka_unit_test(test_refusals),      cmocka_unit_test(test_divided),        cmocka_unit_test(test_sample)};
     qvl__pool *pool;
     qvl__device *d;
     if (qvl__pool_new(&pool, 1) || qvl__device_open(&d, pool, "cuda", &options)) {

@@ -162,6 +162,22 @@ def test_speculation_and_logprobs(load):
 
 
 @gpu
+def test_sampling(load):
+    """The device takes the tokens that the CPU takes: every kind of option, beside one another, and beside requests whose logits the host wants."""
+    model, cpu = load("qvl-tiny", dtype="f32"), load("qvl-tiny", dtype="f32", device="cpu")
+    ways = [dict(temperature=1), dict(temperature=0.8, top_k=20, top_p=0.8), dict(temperature=1.5, min_p=0.02, frequency_penalty=0.5, presence_penalty=0.3),
+            dict(temperature=0.7, repetition_penalty=1.2, logit_bias={"5": 4, "300": -100}, min_tokens=6), dict(temperature=1, top_p=0.9, logprobs=3),
+            dict(temperature=1, return_logits=True), dict(temperature=1, top_k=50, speculate=3), dict(temperature=1, prompt_logprobs=1), dict(temperature=0, speculate=2, repetition_penalty=1.1)]
+    found = []
+    for m in (cpu, model):
+        engine = qvl.Engine(m, max_context=512, max_requests=9)
+        numbers = [engine.submit(m.prompt([{"role": "user", "content": "red green blue red green blue red"}]), seed=i, max_tokens=12, **way) for i, way in enumerate(ways)]
+        done = drain(engine)
+        found.append([done[n].tokens for n in numbers])
+    assert found[0] == found[1]
+
+
+@gpu
 def test_too_much(load):
     """A context that the GPU has no room for is refused with the numbers."""
     with pytest.raises(qvl.Error, match="MiB"):

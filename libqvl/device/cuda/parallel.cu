@@ -410,6 +410,13 @@ static size_t attention_full_scratch(qvl__device *d, int span, int head_dim, int
     return g->attention_full_scratch(g, span, head_dim, n);
 }
 
+/* Every GPU has all logits: one of them is enough. */
+static void sample(qvl__device *d, int32_t *chosen, float *logits, int vocab, int limit, const qvl__draw *draws, int rows, const qvl__changed *changed) {
+    each(d, [=](qvl__device *g, const seat *s) {
+        if (s->rank == 0) g->sample(g, chosen, logits, vocab, limit, draws, rows, changed);
+    });
+}
+
 static qvl__ragged here(const seat *s, qvl__ragged b) {
     b.seq = s->here(b.seq), b.pos = s->here(b.pos), b.table = s->here(b.table);
     return b;
@@ -528,6 +535,7 @@ int parallel_open(qvl__device **out, qvl__device *cpu, const qvl__device_options
     d->attention_full_scratch = attention_full_scratch;
     d->qk_norm_rope_kv = qk_norm_rope_kv;
     d->attention_paged = attention_paged;
+    d->sample = sample;
     *out = d;
     return 0;
 }

@@ -61,6 +61,18 @@ __device__ __forceinline__ float wide_bf16(uint16_t h) { return __uint_as_float(
 /* x as a bf16 has it. */
 __device__ __forceinline__ float round_bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
+/* 64 bits of another lane. */
+__device__ __forceinline__ uint64_t join_halves(uint32_t low, uint32_t high) { return (uint64_t)high << 32 | low; }
+__device__ __forceinline__ uint64_t shuffle(uint64_t x, int lane) {
+    return join_halves(__shfl_sync(0xffffffffu, (uint32_t)x, lane), __shfl_sync(0xffffffffu, (uint32_t)(x >> 32), lane));
+}
+__device__ __forceinline__ uint64_t shuffle_xor(uint64_t x, int i) {
+    return join_halves(__shfl_xor_sync(0xffffffffu, (uint32_t)x, i), __shfl_xor_sync(0xffffffffu, (uint32_t)(x >> 32), i));
+}
+__device__ __forceinline__ uint64_t shuffle_up(uint64_t x, int i) {
+    return join_halves(__shfl_up_sync(0xffffffffu, (uint32_t)x, i), __shfl_up_sync(0xffffffffu, (uint32_t)(x >> 32), i));
+}
+
 /* Sum and maximum over the 32 lanes of a warp, the same in every lane and always added in the same order. */
 __device__ __forceinline__ float warp_sum(float x) {
     for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
