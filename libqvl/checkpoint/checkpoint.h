@@ -140,7 +140,7 @@ typedef struct {
     qvl__matrix qkv, o;
     qvl__matrix gate_up, down;            /* a plain MLP, or */
     qvl__matrix router;                   /* [experts][hidden] and */
-    qvl__matrix *expert_gate_up, *expert_down; /* [experts]; NULL in a plain layer */
+    qvl__experts experts;
 } qvl__text_layer;
 typedef struct {
     qvl__matrix embed, lm_head; /* tied: lm_head is a copy of embed's descriptor */

@@ -427,17 +427,17 @@ static bool single_experts(loader *l, qvl__text_layer *b, int i) {
     char part[256];
     snprintf(part, sizeof part, "%slayers.%d.mlp.experts.0.gate_proj.weight", p, i);
     if (l->rc || !qvl__safetensors_find(&l->st, part)) return false;
-    b->expert_gate_up = qvl__calloc((size_t)t->experts, sizeof *b->expert_gate_up);
-    b->expert_down = qvl__calloc((size_t)t->experts, sizeof *b->expert_down);
-    if (!b->expert_gate_up || !b->expert_down) l->rc = QVL_ENOMEM;
+    b->experts.gate_up = qvl__calloc((size_t)t->experts, sizeof *b->experts.gate_up);
+    b->experts.down = qvl__calloc((size_t)t->experts, sizeof *b->experts.down);
+    if (!b->experts.gate_up || !b->experts.down) l->rc = QVL_ENOMEM;
     for (int e = 0; e < t->experts && l->rc == 0; e++) {
         snprintf(part, sizeof part, "experts.%d.gate_up_proj", e);
-        matrix(l, &b->expert_gate_up[e], part, GATE_UP, need(l, t->expert_inter, t->hidden, p, "layers.%d.mlp.experts.%d.gate_proj.weight", i, e),
+        matrix(l, &b->experts.gate_up[e], part, GATE_UP, need(l, t->expert_inter, t->hidden, p, "layers.%d.mlp.experts.%d.gate_proj.weight", i, e),
                need(l, t->expert_inter, t->hidden, p, "layers.%d.mlp.experts.%d.up_proj.weight", i, e), NONE);
     }
     for (int e = 0; e < t->experts && l->rc == 0; e++) {
         snprintf(part, sizeof part, "experts.%d.down_proj", e);
-        matrix(l, &b->expert_down[e], part, BY_INPUT, need(l, t->hidden, t->expert_inter, p, "layers.%d.mlp.experts.%d.down_proj.weight", i, e), NONE, NONE);
+        matrix(l, &b->experts.down[e], part, BY_INPUT, need(l, t->hidden, t->expert_inter, p, "layers.%d.mlp.experts.%d.down_proj.weight", i, e), NONE, NONE);
     }
     return true;
 }
@@ -450,9 +450,13 @@ static void load_mlp(loader *l, qvl__text_layer *b, int i) {
         l->force = NULL;
         matrix(l, &b->router, "router", WHOLE, need(l, t->experts, t->hidden, p, "layers.%d.mlp.gate.weight", i), NONE, NONE);
         l->force = force;
-        if (single_experts(l, b, i)) return;
-        experts(l, &b->expert_gate_up, GATE_UP, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
-        experts(l, &b->expert_down, BY_INPUT, t->expert_inter, t->hidden, "down_proj", i);
+        if (!single_experts(l, b, i)) {
+            experts(l, &b->experts.gate_up, GATE_UP, t->hidden, 2 * t->expert_inter, "gate_up_proj", i);
+            experts(l, &b->experts.down, BY_INPUT, t->expert_inter, t->hidden, "down_proj", i);
+        }
+        if (l->rc || l->to) return; /* packed, they are gone again */
+        b->experts.n = t->experts;
+        l->rc = l->d->experts_link(l->d, &b->experts);
         return;
     }
     matrix(l, &b->gate_up, "gate_up", GATE_UP, need(l, t->inter, t->hidden, p, "layers.%d.mlp.gate_proj.weight", i),
@@ -613,6 +617,8 @@ void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d) {
     const qvl__text_config *t = &c->text;
     const qvl__vision_config *v = &c->vision;
     size_t h = (size_t)t->hidden, vh = (size_t)v->hidden, hd = (size_t)t->head_dim;
+    for (int i = 0; w->text && i < t->layers; i++)
+        if (w->text[i].experts.n) d->experts_unlink(d, &w->text[i].experts);
     for (size_t i = 0; i < w->n_matrices; i++) d->matrix_free(d, w->matrices[i]);
     qvl__free(w->matrices);
     free_vector(d, w->norm, h);
@@ -622,8 +628,8 @@ void qvl__weights_free(qvl__weights *w, const qvl__config *c, qvl__device *d) {
         free_vector(d, b->post_norm, h);
         free_vector(d, b->q_norm, hd);
         free_vector(d, b->k_norm, hd);
-        qvl__free(b->expert_gate_up);
-        qvl__free(b->expert_down);
+        qvl__free(b->experts.gate_up);
+        qvl__free(b->experts.down);
     }
     free_vector(d, w->patch_b, vh);
     free_vector(d, w->pos_embed, (size_t)v->positions * vh);

@@ -65,6 +65,13 @@ typedef struct {
     void *data;
 } qvl__matrix;
 
+/* The experts of a layer: n of them, all of the same sizes. */
+typedef struct {
+    int n; /* 0: a plain MLP */
+    qvl__matrix *gate_up, *down; /* [n] */
+    void *link; /* the device's own */
+} qvl__experts;
+
 typedef enum {
     QVL__EPI_NONE = 0,
     QVL__EPI_ADD,       /* y += x W^T + b (the residual) */
@@ -130,6 +137,9 @@ struct qvl__device {
     void (*matrix_free)(qvl__device *d, qvl__matrix *m);
     /* A matrix whose packed data lie in memory already, bytes of them; on the CPU they are used where they are. */
     int (*matrix_map)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role, const void *data, uint64_t bytes);
+    /* Once the matrices of e are there, before its first use; and before they go. */
+    int (*experts_link)(qvl__device *d, qvl__experts *e);
+    void (*experts_unlink)(qvl__device *d, qvl__experts *e);
 
     /* Bytes of one block, all layers, K and V; QVL_EUNSUPPORTED for what kv_new would refuse. */
     int (*kv_block_bytes)(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes);
@@ -147,9 +157,6 @@ struct qvl__device {
     /* y[r] += sum over c of weight[4r + c] * table[index[4r + c]], c = 0..3 in order (interpolated position embedding). */
     void (*add_interpolated)(qvl__device *d, float *y, const float *table, const int32_t *index, const float *weight, int rows, int dim);
 
-    /* y[idx[r]] += scale[r] * x[r], r in order. */
-    void (*scatter_scaled)(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim);
-
     void (*rms_norm)(qvl__device *d, float *y, const float *x, const float *w, int rows, int dim, float eps);
     void (*layer_norm)(qvl__device *d, float *y, const float *x, const float *w, const float *b, int rows, int dim, float eps);
 
@@ -163,9 +170,10 @@ struct qvl__device {
     /* out[rows][heads * head_dim]: causal softmax(q k^T / sqrt(head_dim)) v over the paged cache; q as left in qkv. */
     void (*attention_paged)(qvl__device *d, float *out, const float *qkv, int heads, const qvl__kv *kv, int layer, const qvl__ragged *b);
 
-    /* Mixture of experts: softmax over logits[rows][experts], the top_k largest (the lower index among equals), their
-     * weights scaled to add up to 1. expert, weight [rows][top_k]. */
-    void (*moe_route)(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k);
+    /* Mixture of experts: x[r] += sum over r's experts, in ascending order, of weight * down(swiglu(gate_up(norm[r]))). Experts and weights
+     * come from logits[rows][n]: softmax, the top_k largest (the lower index among equals), scaled to add up to 1. work: moe_work bytes. */
+    void (*moe)(qvl__device *d, float *x, const float *norm, const float *logits, int rows, const qvl__experts *e, int top_k, void *work);
+    size_t (*moe_work)(qvl__device *d, int rows, int hidden, int inter, int experts, int top_k);
 
     /* chosen[i] = the token that draws[i] takes from its row of logits [.][vocab], which is overwritten, or QVL__DRAW_*; ids from limit on
      * are not taken. NULL where the host can read logits: it samples them itself (sample/sample.c). */

@@ -1,6 +1,6 @@
 /* route.h - which experts a row takes: the same text for the CPU and for a thread of a GPU.
  *
- * Job:        the op moe_route for one row.
+ * Job:        the experts of one row, for the op moe.
  * Input:      logits of all experts.
  * Output:     the top_k largest, the lower index first among equals, and their softmax.
  * Invariants: softmax over the chosen is softmax over all divided by the sum of the chosen: what all share cancels.

@@ -86,11 +86,8 @@ typedef struct {
     qvl__draw *host_draws;
     qvl__changed *host_changed;
     int32_t *host_chosen;
-    /* mixture of experts only */
-    float *routes, *route_weight, *scale, *expert_x, *expert_y;
-    int32_t *route, *expert_index;
-    int32_t *host_route, *host_index; /* [max_rows * top_k], [max_rows] */
-    float *host_weight, *host_scale;
+    float *routes; /* mixture of experts only */
+    void *experts;
 } qvl__text_ws;
 /* Bytes that qvl__text_ws_new takes from the device. */
 size_t qvl__text_ws_bytes(const qvl_model *m, int max_rows, int max_out, int max_seqs, int table_stride);
@@ -120,11 +117,5 @@ typedef struct {
  * ws->host_chosen[row] gets what the device has taken (op sample). Fails only when the device has failed (qvl__device's sync):
  * nothing of the batch counts then. */
 int qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b);
-
-
-/* ---- moe.c ---- */
-
-/* ws->x += the weighted sum of the chosen experts over ws->norm, for rows rows of a layer with experts. */
-void qvl__moe_forward(const qvl_model *m, qvl__text_ws *ws, const qvl__text_layer *l, int rows);
 
 #endif

@@ -21,7 +21,7 @@ static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
     PART(norm, rows * hidden);
     PART(qkv, rows * (q + 2 * kv));
     PART(attn, rows * (q > hidden ? q : hidden)); /* also the gathered output rows */
-    PART(act, rows * (size_t)(c->inter > c->expert_inter ? c->inter : c->expert_inter));
+    PART(act, rows * (size_t)c->inter);
     PART(cos, rows * half);
     PART(sin, rows * half);
     PART(ids, rows);
@@ -38,12 +38,7 @@ static size_t layout(qvl__text_ws *ws, const qvl_model *m) {
     }
     if (c->experts) {
         PART(routes, rows * (size_t)c->experts);
-        PART(route, rows * (size_t)c->top_k);
-        PART(route_weight, rows * (size_t)c->top_k);
-        PART(scale, rows);
-        PART(expert_index, rows);
-        PART(expert_x, rows * hidden);
-        PART(expert_y, rows * hidden);
+        PART(experts, m->device->moe_work(m->device, ws->max_rows, c->hidden, c->expert_inter, c->experts, c->top_k) / 4);
     }
 #undef PART
     return at;
@@ -72,14 +67,6 @@ int qvl__text_ws_new(qvl__text_ws *ws, const qvl_model *m, int max_rows, int max
         ws->host_chosen = qvl__array(NULL, 2 * (size_t)max_out, sizeof(int32_t));
         ok = ok && ws->host_draws && ws->host_changed && ws->host_chosen;
     }
-    if (m->config.text.experts) {
-        size_t routes = (size_t)max_rows * (size_t)m->config.text.top_k;
-        ws->host_route = qvl__array(NULL, routes, sizeof(int32_t));
-        ws->host_weight = qvl__array(NULL, routes, sizeof(float));
-        ws->host_index = qvl__array(NULL, (size_t)max_rows, sizeof(int32_t));
-        ws->host_scale = qvl__array(NULL, (size_t)max_rows, sizeof(float));
-        ok = ok && ws->host_route && ws->host_weight && ws->host_index && ws->host_scale;
-    }
     if (!ok) {
         qvl__text_ws_free(ws, m);
         return QVL_ENOMEM;
@@ -97,10 +84,6 @@ void qvl__text_ws_free(qvl__text_ws *ws, const qvl_model *m) {
     qvl__free(ws->host_chosen);
     qvl__free(ws->host_cos);
     qvl__free(ws->host_sin);
-    qvl__free(ws->host_route);
-    qvl__free(ws->host_weight);
-    qvl__free(ws->host_index);
-    qvl__free(ws->host_scale);
     *ws = (qvl__text_ws){0};
 }
 
@@ -128,7 +111,7 @@ static qvl__ragged ragged(const qvl__text_ws *ws, const qvl__batch *b) {
     return w;
 }
 
-/* The layers and the logits: ops alone, unless there are visual rows or experts. */
+/* The layers and the logits: ops alone, unless there are visual rows. */
 static void layers(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b, const qvl__ragged *where) {
     const qvl__text_config *c = &m->config.text;
     const qvl__weights *w = &m->weights;
@@ -143,8 +126,10 @@ static void layers(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl_
         d->attention_paged(d, ws->attn, ws->qkv, c->heads, kv, i, where);
         d->matmul(d, ws->x, ws->attn, b->rows, &l->o, NULL, QVL__EPI_ADD);
         d->rms_norm(d, ws->norm, ws->x, l->post_norm, b->rows, c->hidden, c->eps);
-        if (l->expert_gate_up) qvl__moe_forward(m, ws, l, b->rows);
-        else {
+        if (l->experts.n) {
+            d->matmul(d, ws->routes, ws->norm, b->rows, &l->router, NULL, QVL__EPI_NONE);
+            d->moe(d, ws->x, ws->norm, ws->routes, b->rows, &l->experts, c->top_k, ws->experts);
+        } else {
             d->matmul(d, ws->act, ws->norm, b->rows, &l->gate_up, NULL, QVL__EPI_SWIGLU);
             d->matmul(d, ws->x, ws->act, b->rows, &l->down, NULL, QVL__EPI_ADD);
         }
@@ -195,7 +180,7 @@ int qvl__text_forward(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const q
 
     /* Decoding steps repeat: the same ops over the same buffers, only their contents change. */
     const uint64_t key[4] = {(uint64_t)(uintptr_t)ws->base, (uint64_t)(uintptr_t)kv->data, (uint64_t)b->rows << 32 | (uint64_t)b->outs, (uint64_t)where.longest};
-    bool repeats = d->replay && where.singles == b->rows && b->visual_rows == 0 && c->experts == 0;
+    bool repeats = d->replay && where.singles == b->rows && b->visual_rows == 0;
     if (!repeats || !d->replay(d, key)) {
         layers(m, kv, ws, b, &where);
         if (repeats) d->recorded(d);

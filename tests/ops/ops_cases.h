@@ -496,16 +496,6 @@ static void row_ops_body(qvl__device *d) {
         check_bits("scatter_rows", d->isa, y, want, (size_t)places * dim);
     }
 
-    memcpy(y, table, (size_t)places * dim * sizeof(float));
-    memcpy(want, table, (size_t)places * dim * sizeof(float));
-    d->scatter_scaled(d, y, x, idx, weight, rows, dim);
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < dim; i++) {
-            float p = weight[r] * x[(size_t)r * dim + i];
-            want[(size_t)idx[r] * dim + i] += p;
-        }
-    check_bits("scatter_scaled", d->isa, y, want, (size_t)places * dim);
-
     memcpy(y, x, size * sizeof(float));
     d->add_interpolated(d, y, table, idx, weight, rows, dim);
     for (int r = 0; r < rows; r++)
@@ -540,34 +530,69 @@ static void test_row_ops(void **state) {
     each_level(2, false, row_ops_body);
 }
 
-static void route_body(qvl__device *d) {
-    enum { ROWS = 50, EXPERTS = 24, TOP = 5 };
-    float logits[ROWS * EXPERTS], weight[ROWS * TOP], alone[TOP];
-    int32_t expert[ROWS * TOP], alone_expert[TOP];
-    for (int i = 0; i < ROWS * EXPERTS; i++) logits[i] = (float)(random_below(40) - 20) * 0.25f; /* with equals */
-    d->moe_route(d, expert, weight, logits, ROWS, EXPERTS, TOP);
-    for (int r = 0; r < ROWS; r++) {
-        const float *l = logits + r * EXPERTS;
-        double p[EXPERTS], all = 0, chosen = 0;
-        bool used[EXPERTS] = {false};
-        for (int i = 0; i < EXPERTS; i++) all += p[i] = exp(l[i]);
-        for (int k = 0; k < TOP; k++) {
-            int best = -1;
-            for (int i = 0; i < EXPERTS; i++)
-                if (!used[i] && (best < 0 || l[i] > l[best])) best = i;
-            used[best] = true;
-            assert_int_equal(expert[r * TOP + k], best);
-            chosen += p[best] / all;
+/* ---- mixture of experts ---- */
+
+/* What one row gets, out of the plain ops, expert by expert; also checks the route against its definition. */
+static void moe_row(qvl__device *d, float *x, const float *norm, const float *logits, const qvl__experts *e, int top_k) {
+    int hidden = e->gate_up[0].k, inter = e->down[0].k;
+    float *act = floats((size_t)inter), *y = floats((size_t)hidden), sum = 0, weight[16];
+    int best[16];
+    for (int k = 0; k < top_k; k++) {
+        best[k] = -1;
+        for (int i = 0; i < e->n; i++) {
+            bool used = false;
+            for (int j = 0; j < k; j++) used |= best[j] == i;
+            if (!used && (best[k] < 0 || logits[i] > logits[best[k]])) best[k] = i;
         }
-        for (int k = 0; k < TOP; k++) check_near("moe_route", d->isa, weight[r * TOP + k],
-            p[expert[r * TOP + k]] / all / chosen, 1e-6);
-        d->moe_route(d, alone_expert, alone, l, 1, EXPERTS, TOP);
-        check_bits("moe_route alone", d->isa, weight + r * TOP, alone, TOP);
+        sum += weight[k] = expf(logits[best[k]] - logits[best[0]]);
     }
+    for (int i = 0; i < e->n; i++)
+        for (int k = 0; k < top_k; k++) {
+            if (best[k] != i) continue;
+            d->matmul(d, act, norm, 1, &e->gate_up[i], NULL, QVL__EPI_SWIGLU);
+            d->matmul(d, y, act, 1, &e->down[i], NULL, QVL__EPI_NONE);
+            for (int c = 0; c < hidden; c++) {
+                float part = weight[k] / sum * y[c];
+                x[c] += part;
+            }
+        }
+    free(act), free(y);
 }
-static void test_moe_route(void **state) {
+
+static void moe_body(qvl__device *d) {
+    static const struct {
+        int rows, experts, top, hidden, inter;
+    } cases[] = {{1, 6, 2, 70, 33}, {7, 9, 3, 96, 64}, {150, 5, 2, 131, 47}, {300, 3, 3, 64, 96}};
+    for (int t = 0; t < N_MATRIX_TYPES; t++)
+        for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+            int rows = cases[i].rows, n = cases[i].experts, top = cases[i].top, hidden = cases[i].hidden, inter = cases[i].inter;
+            qvl__matrix gate_up[9], down[9];
+            for (int k = 0; k < n; k++) {
+                float *a = random_floats((size_t)(2 * inter * hidden), 0.3f), *b = random_floats((size_t)(hidden * inter), 0.3f);
+                gate_up[k] = new_matrix(d, matrix_types[t], 2 * inter, hidden, true, a);
+                down[k] = new_matrix(d, matrix_types[t], hidden, inter, false, b);
+                free(a), free(b);
+            }
+            qvl__experts e = {n, gate_up, down, NULL};
+            assert_int_equal(d->experts_link(d, &e), 0);
+            float *x = random_floats((size_t)(rows * hidden), 1), *norm = random_floats((size_t)(rows * hidden), 1), *logits = floats((size_t)(rows * n));
+            for (int k = 0; k < rows * n; k++) logits[k] = (float)(random_below(40) - 20) * 0.25f - (k % n == 1 ? 100 : 0); /* with equals; one that few want */
+            float *want = copy_floats(x, (size_t)(rows * hidden));
+            for (int r = 0; r < rows; r++) moe_row(d, want + r * hidden, norm + r * hidden, logits + r * n, &e, top);
+            size_t bytes = d->moe_work(d, rows, hidden, inter, n, top);
+            void *work = must(malloc(bytes + 64));
+            memset(work, 0xFF, bytes);
+            d->moe(d, x, norm, logits, rows, &e, top, (void *)(((uintptr_t)work + 63) / 64 * 64));
+            check_bits("moe", d->isa, want, x, (size_t)(rows * hidden));
+            d->experts_unlink(d, &e);
+            for (int k = 0; k < n; k++) d->matrix_free(d, &gate_up[k]), d->matrix_free(d, &down[k]);
+            free(work), free(want), free(logits), free(norm), free(x);
+        }
+}
+static void test_moe(void **state) {
     (void)state;
-    each_level(2, false, route_body);
+    each_level(2, false, moe_body);
+    if (apart == 0) each_level(2, true, moe_body);
 }
 
 /* ---- attention over the paged cache ---- */
@@ -909,7 +934,7 @@ static void test_refusals(void **state) {
     cmocka_unit_test(test_quantise), cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed), cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_bf16_math), \
         cmocka_unit_test(test_matmul_bits), cmocka_unit_test(test_matmul_bits_bf16_math),               \
         cmocka_unit_test(test_activations), cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), \
-        cmocka_unit_test(test_moe_route), cmocka_unit_test(test_attention_paged),                       \
+        cmocka_unit_test(test_moe), cmocka_unit_test(test_attention_paged),                       \
         cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
 
 #endif

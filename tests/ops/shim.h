@@ -89,11 +89,6 @@ static void shim_scatter(qvl__device *d, float *y, const float *x, const int32_t
     IN(d)->scatter_rows(IN(d), t.p, s.p, i.p, rows, dim, add);
     down(IN(d), y, t), done(IN(d), s), done(IN(d), i);
 }
-static void shim_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim) {
-    there t = up(IN(d), y, FLOATS((most(idx, rows) + 1) * dim)), s = up(IN(d), x, FLOATS(rows * dim)), i = up(IN(d), idx, (size_t)rows * 4), w = up(IN(d), scale, FLOATS(rows));
-    IN(d)->scatter_scaled(IN(d), t.p, s.p, i.p, w.p, rows, dim);
-    down(IN(d), y, t), done(IN(d), s), done(IN(d), i), done(IN(d), w);
-}
 static void shim_interpolated(qvl__device *d, float *y, const float *table, const int32_t *index, const float *weight, int rows, int dim) {
     there t = up(IN(d), y, FLOATS(rows * dim)), s = up(IN(d), table, FLOATS((most(index, 4 * rows) + 1) * dim)), i = up(IN(d), index, (size_t)rows * 16),
           w = up(IN(d), weight, FLOATS(4 * rows));
@@ -147,10 +142,15 @@ static void shim_paged(qvl__device *d, float *out, const float *qkv, int heads, 
     IN(d)->attention_paged(IN(d), t.p, q.p, heads, kv, layer, &r.b);
     down(IN(d), out, t), done(IN(d), q), done_ragged(IN(d), r);
 }
-static void shim_route(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {
-    there e = up(IN(d), expert, (size_t)(rows * top_k) * 4), w = up(IN(d), weight, FLOATS(rows * top_k)), l = up(IN(d), logits, FLOATS(rows * experts));
-    IN(d)->moe_route(IN(d), e.p, w.p, l.p, rows, experts, top_k);
-    down(IN(d), expert, e), down(IN(d), weight, w), done(IN(d), l);
+static int shim_link(qvl__device *d, qvl__experts *e) { return IN(d)->experts_link(IN(d), e); }
+static void shim_unlink(qvl__device *d, qvl__experts *e) { IN(d)->experts_unlink(IN(d), e); }
+static size_t shim_moe_work(qvl__device *d, int rows, int hidden, int inter, int n, int top) { return IN(d)->moe_work(IN(d), rows, hidden, inter, n, top); }
+static void shim_moe(qvl__device *d, float *x, const float *norm, const float *logits, int rows, const qvl__experts *e, int top, void *work) {
+    int hidden = e->gate_up[0].k;
+    there t = up(IN(d), x, FLOATS(rows * hidden)), n = up(IN(d), norm, FLOATS(rows * hidden)), l = up(IN(d), logits, FLOATS(rows * e->n)),
+          w = up(IN(d), work, IN(d)->moe_work(IN(d), rows, hidden, e->down[0].k, e->n, top));
+    IN(d)->moe(IN(d), t.p, n.p, l.p, rows, e, top, w.p);
+    down(IN(d), x, t), done(IN(d), n), done(IN(d), l), done(IN(d), w);
 }
 static void shim_rope(qvl__device *d, float *qkv, int rows, int heads, int n, const float *cos, const float *sin, int span) {
     there t = up(IN(d), qkv, FLOATS(rows * 3 * heads * n)), c = up(IN(d), cos, FLOATS(span * n / 2)), s = up(IN(d), sin, FLOATS(span * n / 2));
@@ -176,8 +176,8 @@ static qvl__device *shim_over(qvl__device *in) {
         .name = in->name, .isa = in->isa, .pool = in->pool, .bf16_math = in->bf16_math, .slice_flops = in->slice_flops, .close = shim_close, .sync = shim_sync, .room = shim_room,
         .alloc = shim_alloc, .free = shim_free, .put = shim_put, .get = shim_get, .matrix_new = shim_matrix_new, .matrix_put = shim_matrix_put, .matrix_free = shim_matrix_free,
         .matrix_map = shim_matrix_map, .kv_block_bytes = shim_kv_block_bytes, .kv_new = shim_kv_new, .kv_free = shim_kv_free, .kv_copy = shim_kv_copy, .embed = shim_embed,
-        .gather_rows = shim_gather, .scatter_rows = shim_scatter, .scatter_scaled = shim_scaled, .add_interpolated = shim_interpolated, .rms_norm = shim_rms,
-        .layer_norm = shim_layer, .matmul = shim_matmul, .qk_norm_rope_kv = shim_write, .attention_paged = shim_paged, .moe_route = shim_route, .rope_vision = shim_rope,
+        .gather_rows = shim_gather, .scatter_rows = shim_scatter, .add_interpolated = shim_interpolated, .rms_norm = shim_rms,
+        .layer_norm = shim_layer, .matmul = shim_matmul, .qk_norm_rope_kv = shim_write, .attention_paged = shim_paged, .moe = shim_moe, .moe_work = shim_moe_work, .experts_link = shim_link, .experts_unlink = shim_unlink, .rope_vision = shim_rope,
         .attention_pack = shim_pack, .attention_full = shim_full, .attention_full_scratch = shim_full_scratch};
     return &s->device;
 }

@@ -74,6 +74,15 @@ void qvl__cpu_embed(qvl__device *d, float *y, const qvl__matrix *table, const in
 void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const qvl__matrix *w, const float *bias,
     qvl__epilogue e);
 
+/* ops.c: y[idx[r]] += scale[r] * x[r], r in order. */
+void qvl__cpu_scatter_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim);
+
+/* moe.c */
+void qvl__cpu_moe(qvl__device *d, float *x, const float *norm, const float *logits, int rows, const qvl__experts *e, int top_k, void *work);
+size_t qvl__cpu_moe_work(qvl__device *d, int rows, int hidden, int inter, int experts, int top_k);
+int qvl__cpu_experts_link(qvl__device *d, qvl__experts *e);
+void qvl__cpu_experts_unlink(qvl__device *d, qvl__experts *e);
+
 /* attention.c */
 int qvl__cpu_kv_new(qvl__device *d, qvl__kv *kv, qvl__type type, int layers, int kv_heads, int head_dim, int blocks);
 int qvl__cpu_kv_block_bytes(qvl__device *d, qvl__type type, int layers, int kv_heads, int head_dim, size_t *bytes);

@@ -8,7 +8,6 @@
  */
 #include <string.h>
 
-#include "../route.h"
 #include "cpu.h"
 
 /* ---- memory ---- */
@@ -53,7 +52,7 @@ typedef struct {
     int rows, dim, tasks;
     float eps;
     int heads, span; /* rope_vision; dim is head_dim */
-    bool add;        /* scatter_rows; scatter_scaled has w instead */
+    bool add;        /* scatter_rows; qvl__cpu_scatter_scaled has w instead */
 } row_job;
 
 static void run_rows(qvl__device *d, row_job *j, size_t cost, void (*fn)(void *ctx, int task, int worker)) {
@@ -151,17 +150,12 @@ static void cpu_scatter_rows(qvl__device *d, float *y, const float *x, const int
     qvl__pool_run(d->pool, j.tasks, scatter_task, &j);
 }
 
-static void cpu_scatter_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows,
+void qvl__cpu_scatter_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows,
     int dim) {
     if (rows <= 0 || dim <= 0) return;
     row_job j = {.k = qvl__cpu_kern(d), .y = y, .x = x, .w = scale, .idx = idx, .rows = rows, .dim = dim};
     j.tasks = qvl__cpu_tasks(d, dim, (size_t)rows);
     qvl__pool_run(d->pool, j.tasks, scatter_task, &j);
-}
-
-static void cpu_moe_route(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {
-    (void)d;
-    for (size_t r = 0; r < (size_t)rows; r++) qvl__route_row(expert + r * (size_t)top_k, weight + r * (size_t)top_k, logits + r * (size_t)experts, experts, top_k);
 }
 
 /* ---- open and close ---- */
@@ -222,8 +216,10 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     d->embed = qvl__cpu_embed;
     d->gather_rows = cpu_gather_rows;
     d->scatter_rows = cpu_scatter_rows;
-    d->scatter_scaled = cpu_scatter_scaled;
-    d->moe_route = cpu_moe_route;
+    d->moe = qvl__cpu_moe;
+    d->moe_work = qvl__cpu_moe_work;
+    d->experts_link = qvl__cpu_experts_link;
+    d->experts_unlink = qvl__cpu_experts_unlink;
     d->add_interpolated = cpu_add_interpolated;
     d->rms_norm = cpu_rms_norm;
     d->layer_norm = cpu_layer_norm;

@@ -152,6 +152,7 @@ void cuda_weights(qvl__device *d);   /* weights.cu */
 void cuda_rows(qvl__device *d);      /* ops.cu */
 void cuda_products(qvl__device *d);  /* gemm.cu */
 void cuda_attention(qvl__device *d); /* attention.cu */
+void cuda_moe(qvl__device *d);       /* moe.cu */
 void cuda_draw(qvl__device *d);      /* draw.cu */
 
 #endif

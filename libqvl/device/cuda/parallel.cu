@@ -377,9 +377,6 @@ static void gather_rows(qvl__device *d, float *y, const float *x, const int32_t 
 static void scatter_rows(qvl__device *d, float *y, const float *x, const int32_t *idx, int rows, int dim, bool add) {
     each(d, [=](qvl__device *g, const seat *s) { g->scatter_rows(g, s->here(y), s->here(x), s->here(idx), rows, dim, add); });
 }
-static void scatter_scaled(qvl__device *d, float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim) {
-    each(d, [=](qvl__device *g, const seat *s) { g->scatter_scaled(g, s->here(y), s->here(x), s->here(idx), s->here(scale), rows, dim); });
-}
 static void add_interpolated(qvl__device *d, float *y, const float *table, const int32_t *index, const float *weight, int rows, int dim) {
     each(d, [=](qvl__device *g, const seat *s) { g->add_interpolated(g, s->here(y), s->here(table), s->here(index), s->here(weight), rows, dim); });
 }
@@ -393,8 +390,38 @@ static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl
     qvl__matrix all = *m;
     each(d, [=](qvl__device *g, const seat *s) { g->matmul(g, s->here(y), s->here(x), rows, part_at(&all, s->rank), s->here(bias), e); });
 }
-static void moe_route(qvl__device *d, int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {
-    each(d, [=](qvl__device *g, const seat *s) { g->moe_route(g, s->here(expert), s->here(weight), s->here(logits), rows, experts, top_k); });
+/* link: an array with each GPU's experts, and behind it their matrices. */
+static void experts_unlink(qvl__device *d, qvl__experts *e) {
+    qvl__experts *parts = (qvl__experts *)e->link;
+    if (parts)
+        rest(d, [=](qvl__device *g, int i) {
+            g->experts_unlink(g, &parts[i]);
+            return 0;
+        });
+    all_of(d)->host->free(parts);
+    e->link = NULL;
+}
+static int experts_link(qvl__device *d, qvl__experts *e) {
+    size_t count = (size_t)all_of(d)->count, n = (size_t)e->n;
+    qvl__experts *parts = (qvl__experts *)all_of(d)->host->calloc(1, count * (sizeof *parts + 2 * n * sizeof(qvl__matrix)));
+    if (!parts) return QVL_ENOMEM;
+    e->link = parts;
+    int rc = rest(d, [=](qvl__device *g, int i) {
+        qvl__matrix *m = reinterpret_cast<qvl__matrix *>(parts + count) + 2 * n * (size_t)i;
+        for (size_t k = 0; k < n; k++) m[k] = *part_at(&e->gate_up[k], i), m[n + k] = *part_at(&e->down[k], i);
+        parts[i] = qvl__experts{(int)n, m, m + n, NULL};
+        return g->experts_link(g, &parts[i]);
+    });
+    if (rc) experts_unlink(d, e);
+    return rc;
+}
+static void moe(qvl__device *d, float *x, const float *norm, const float *logits, int rows, const qvl__experts *e, int top_k, void *work) {
+    const qvl__experts *parts = (const qvl__experts *)e->link;
+    each(d, [=](qvl__device *g, const seat *s) { g->moe(g, s->here(x), s->here(norm), s->here(logits), rows, &parts[s->rank], top_k, s->here((char *)work)); });
+}
+static size_t moe_work(qvl__device *d, int rows, int hidden, int inter, int experts, int top_k) {
+    qvl__device *g = &all_of(d)->seats[0].gpu->device;
+    return g->moe_work(g, rows, hidden, inter, experts, top_k);
 }
 static void rope_vision(qvl__device *d, float *qkv, int rows, int heads, int head_dim, const float *cos, const float *sin, int span) {
     each(d, [=](qvl__device *g, const seat *s) { g->rope_vision(g, s->here(qkv), rows, heads, head_dim, s->here(cos), s->here(sin), span); });
@@ -523,12 +550,14 @@ int parallel_open(qvl__device **out, qvl__device *cpu, const qvl__device_options
     d->embed = embed;
     d->gather_rows = gather_rows;
     d->scatter_rows = scatter_rows;
-    d->scatter_scaled = scatter_scaled;
     d->add_interpolated = add_interpolated;
     d->rms_norm = rms_norm;
     d->layer_norm = layer_norm;
     d->matmul = matmul;
-    d->moe_route = moe_route;
+    d->experts_link = experts_link;
+    d->experts_unlink = experts_unlink;
+    d->moe = moe;
+    d->moe_work = moe_work;
     d->rope_vision = rope_vision;
     d->attention_pack = attention_pack;
     d->attention_full = attention_full;

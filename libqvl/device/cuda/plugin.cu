@@ -258,6 +258,7 @@ int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const 
     cuda_rows(d);
     cuda_products(d);
     cuda_attention(d);
+    cuda_moe(d);
     cuda_draw(d);
     *out = c;
     return 0;

@@ -17,10 +17,10 @@
 #define EXACT_SHARED (2 * EXACT_TILE * (EXACT_K + 1) * sizeof(float))
 
 /* A tile of 64 rows by 64 columns; thread (tx, ty) has rows ty + 16 i and columns 4 tx + j. */
-static __global__ void __launch_bounds__(EXACT_THREADS) gemm_exact(finish f, const float *x, size_t ldx, int rows, rows_of w) {
+__device__ __forceinline__ void exact_tile(const finish &f, const float *x, size_t ldx, int rows, const rows_of &w, int r0, int c0) {
     QVL_SHARED(float, shared);
     float *xs = shared, *ws = shared + EXACT_TILE * (EXACT_K + 1);
-    int r0 = blockIdx.y * EXACT_TILE, c0 = blockIdx.x * EXACT_TILE, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     float acc[4][4] = {};
     for (int k0 = 0; k0 < w.k; k0 += EXACT_K) {
         for (int i = threadIdx.x; i < EXACT_TILE * EXACT_K; i += EXACT_THREADS) {
@@ -43,6 +43,10 @@ static __global__ void __launch_bounds__(EXACT_THREADS) gemm_exact(finish f, con
         if (r >= rows) continue;
         for (int j = 0; j < 4; j += 2) store_pair(f, r, c0 + 4 * tx + j, acc[i][j], acc[i][j + 1]);
     }
+}
+
+static __global__ void __launch_bounds__(EXACT_THREADS) gemm_exact(finish f, const float *x, size_t ldx, int rows, rows_of w) {
+    exact_tile(f, x, ldx, rows, w, blockIdx.y * EXACT_TILE, blockIdx.x * EXACT_TILE);
 }
 
 #endif

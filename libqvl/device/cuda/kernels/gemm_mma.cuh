@@ -56,10 +56,10 @@ template <int TYPE, int PARTS> __device__ __forceinline__ void bring(char *stage
 }
 
 /* PARTS (2 or 4): groups of 8 columns that a warp has. */
-template <int TYPE, int PARTS> static __global__ void __launch_bounds__(MMA_THREADS) gemm_mma(finish f, const uint16_t *x, int rows, rows_of w) {
+template <int TYPE, int PARTS> __device__ __forceinline__ void mma_tile(const finish &f, const uint16_t *x, int rows, const rows_of &w, int r0, int c0) {
     QVL_SHARED(char, shared);
     const bool integers = TYPE != QVL__BF16;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r0 = blockIdx.y * MMA_M, c0 = blockIdx.x * MMA_N(PARTS), steps = w.kp / MMA_K;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = w.kp / MMA_K;
     int wr = warp / 4 * 32, wc = warp % 4 * 8 * PARTS; /* of the block; a warp has 32 x 8 PARTS */
     float acc[2][PARTS][4] = {};
     for (int s = 0; s < MMA_STAGES - 1; s++) {
@@ -111,6 +111,10 @@ template <int TYPE, int PARTS> static __global__ void __launch_bounds__(MMA_THRE
                 int r = r0 + wr + 16 * i + 8 * h + lane / 4, c = c0 + wc + 8 * j + lane % 4 * 2;
                 if (r < rows) store_pair(f, r, c, acc[i][j][2 * h], acc[i][j][2 * h + 1]);
             }
+}
+
+template <int TYPE, int PARTS> static __global__ void __launch_bounds__(MMA_THREADS) gemm_mma(finish f, const uint16_t *x, int rows, rows_of w) {
+    mma_tile<TYPE, PARTS>(f, x, rows, w, blockIdx.y * MMA_M, blockIdx.x * MMA_N(PARTS));
 }
 
 #endif

@@ -45,11 +45,11 @@ template <int TYPE> __device__ __forceinline__ void unpack_lane(float *to, uint4
     }
 }
 
-template <int TYPE, int ROWS> static __global__ void __launch_bounds__(GEMV_WARPS * 32) gemv(finish f, const uint16_t *x, int rows, rows_of w) {
+/* Up to ROWS rows, matrix rows c and c + 1. */
+template <int TYPE, int ROWS> __device__ __forceinline__ void gemv_pair(const finish &f, const uint16_t *x, int rows, const rows_of &w, int c) {
     const int count = lane_of<TYPE>::count;
     const bool integers = TYPE == QVL__Q8 || TYPE == QVL__Q4;
-    int lane = threadIdx.x % 32, c = 2 * (blockIdx.x * GEMV_WARPS + threadIdx.x / 32);
-    if (c >= w.n) return;
+    int lane = threadIdx.x % 32;
     size_t row_bytes = TYPE == QVL__Q8 ? (size_t)w.kp : TYPE == QVL__Q4 ? (size_t)w.kp / 2 : (size_t)w.kp * 2;
     const char *from[2] = {(const char *)w.data + (size_t)c * row_bytes, (const char *)w.data + (size_t)(c + 1 < w.n ? c + 1 : c) * row_bytes};
     const uint16_t *scale[2] = {w.scales + (size_t)c * (w.kp / 32), w.scales + (size_t)(c + 1 < w.n ? c + 1 : c) * (w.kp / 32)};
@@ -81,6 +81,11 @@ template <int TYPE, int ROWS> static __global__ void __launch_bounds__(GEMV_WARP
         float v0 = warp_sum(acc[0][r]), v1 = warp_sum(acc[1][r]);
         if (lane == 0) store_pair(f, r, c, v0, v1);
     }
+}
+
+template <int TYPE, int ROWS> static __global__ void __launch_bounds__(GEMV_WARPS * 32) gemv(finish f, const uint16_t *x, int rows, rows_of w) {
+    int c = 2 * (blockIdx.x * GEMV_WARPS + threadIdx.x / 32);
+    if (c < w.n) gemv_pair<TYPE, ROWS>(f, x, rows, w, c);
 }
 
 /* y = epilogue(sums) for sums [rows][n] that a library product has left. */

@@ -49,13 +49,15 @@ __device__ __forceinline__ void store_number(int type, void *dst, size_t at, flo
     else ((__half *)dst)[at] = __float2half_rn(x);
 }
 
-/* k numbers at the beginning of each ldx of x rounded to type (BF16, or F16: what is too large becomes its largest), [rows][kp], zero behind k. */
+/* An input of a product, as type has it (F16: what is too large becomes its largest). */
+__device__ __forceinline__ void store_input(int type, void *dst, size_t at, float x) {
+    if (type == QVL__F16) x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+    store_number(type, dst, at, x);
+}
+
+/* k numbers at the beginning of each ldx of x as inputs of type, [rows][kp], zero behind k. */
 static __global__ void round_rows(int type, void *to, const float *x, size_t ldx, int k, int kp) {
-    for (int i = threadIdx.x; i < kp; i += blockDim.x) {
-        float v = i < k ? x[(size_t)blockIdx.x * ldx + i] : 0.0f;
-        if (type == QVL__F16) v = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
-        store_number(type, to, (size_t)blockIdx.x * kp + i, v);
-    }
+    for (int i = threadIdx.x; i < kp; i += blockDim.x) store_input(type, to, (size_t)blockIdx.x * kp + i, i < k ? x[(size_t)blockIdx.x * ldx + i] : 0.0f);
 }
 
 #endif

@@ -1,6 +1,6 @@
-/* rows.cuh - kernels that work row by row: norms, rope, gather, scatter, interpolation, routing.
+/* rows.cuh - kernels that work row by row: norms, rope, gather, scatter, interpolation.
  *
- * Job:        the small ops of the table, one block (or one thread) for each row.
+ * Job:        the small ops of the table, one block for each row.
  * Input:      float rows.
  * Output:     float rows.
  * Invariants: a row's result depends on that row alone and every sum is taken in one fixed order, so these ops are
@@ -10,8 +10,6 @@
 #define QVL__ROWS_CUH
 
 #include "../port.cuh"
-
-#include "../../route.h"
 
 #define ROW_THREADS 256
 
@@ -52,10 +50,8 @@ static __global__ void gather_some_rows(float *y, const float *x, const int32_t 
     for (int i = threadIdx.x; i < dim; i += ROW_THREADS) y[i] = x[i];
 }
 
-enum scatter_kind { SCATTER_SET, SCATTER_ADD, SCATTER_SCALED };
-
 /* Several rows may have the same place, and their order has to hold: the first of them does the work of all. */
-static __global__ void scatter_some_rows(float *y, const float *x, const int32_t *idx, const float *scale, int rows, int dim, int kind) {
+static __global__ void scatter_some_rows(float *y, const float *x, const int32_t *idx, int rows, int dim, bool add) {
     int me = blockIdx.x, place = idx[me], earlier = 0;
     for (int r = threadIdx.x; r < me; r += ROW_THREADS) earlier |= idx[r] == place;
     if (__syncthreads_or(earlier)) return;
@@ -63,8 +59,7 @@ static __global__ void scatter_some_rows(float *y, const float *x, const int32_t
     for (int r = me; r < rows; r++) {
         if (idx[r] != place) continue;
         const float *from = x + (size_t)r * dim;
-        float by = kind == SCATTER_SCALED ? scale[r] : 1.0f;
-        for (int i = threadIdx.x; i < dim; i += ROW_THREADS) y[i] = kind == SCATTER_SET ? from[i] : y[i] + by * from[i];
+        for (int i = threadIdx.x; i < dim; i += ROW_THREADS) y[i] = add ? y[i] + from[i] : from[i];
     }
 }
 
@@ -87,12 +82,6 @@ static __global__ void rope_vision_rows(float *qkv, size_t ld, int heads, int he
         v[0] = a * c - b * s;
         v[half] = b * c + a * s;
     }
-}
-
-/* One thread for each row. */
-static __global__ void moe_route_rows(int32_t *expert, float *weight, const float *logits, int rows, int experts, int top_k) {
-    int r = blockIdx.x * blockDim.x + threadIdx.x;
-    if (r < rows) qvl__route_row(expert + (size_t)r * top_k, weight + (size_t)r * top_k, logits + (size_t)r * experts, experts, top_k);
 }
 
 #endif
