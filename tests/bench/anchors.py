@@ -27,10 +27,11 @@ UNITS = {"prefill": "tokens/s", "decode": "tokens/s", "depth": "tokens/s", "stre
 
 
 def run(*command):
+    """What it writes to standard output, and behind a mark of ours what it says beside."""
     p = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if p.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit code {p.returncode}\n{p.stderr[-2000:]}")
-    return p.stdout + p.stderr
+    return p.stdout + "\0" + p.stderr
 
 
 def say(text):
@@ -91,7 +92,7 @@ class Qvl:
 
     def bench(self, kind, *args):
         dtype = ("--dtype", "bf16") if kind == "bf16" else ()
-        tests = json.loads(run(QVL, "bench", "-m", self.models[kind], "-t", self.threads, "--repeat", 1, "--json", *dtype, *args))
+        tests = json.loads(run(QVL, "bench", "-m", self.models[kind], "-t", self.threads, "--repeat", 1, "--json", *dtype, *args).split("\0")[0])
         self.isa = tests[0]["isa"]
         return tests[0]["values"][0]
 

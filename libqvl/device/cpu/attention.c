@@ -214,11 +214,6 @@ static int row_keys(const qtile *t, int r, int b) {
     return n > BLOCK ? BLOCK : n;
 }
 
-/* Blocks lie anywhere, so the hardware does not see the next one coming. */
-static void prefetch(const char *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
-
 static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
     size_t dim = (size_t)ks->dim;
     float scale = 1.0f / sqrtf((float)ks->head_dim);
@@ -241,25 +236,25 @@ static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
             kp = t->wide_k;
             vp = t->wide_v;
         }
+        /* Blocks lie anywhere, so the hardware does not see the next one coming: the products ask for it as they go. */
         const char *next = NULL;
         if (t->rows <= k->mr && (b + 1) * BLOCK < t->limit[t->rows - 1])
             next = ks->base + (size_t)(ks->table ? ks->table[b + 1] : b + 1) * ks->block_bytes;
-        if (next) prefetch(next, half_bytes(ks->type, ks->dim));
         size_t k_panel = dim * QVL__PANEL * qvl__type_size(type), v_panel = (size_t)BLOCK * QVL__PANEL * qvl__type_size(type);
         k->gemm(type, t->s + (size_t)first * BLOCK, BLOCK, t->q + (size_t)first * dim, dim, kp, k_panel, t->rows - first, BLOCK / QVL__PANEL,
-                ks->head_dim, false);
+                ks->head_dim, false, next);
         for (int r = first; r < t->rows; r++) {
             float *s = t->s + (size_t)r * BLOCK;
             if (k_scale) k->scale(s, k_scale, BLOCK);
             k->softmax_step(s, row_keys(t, r, b), scale, &t->max[r], &t->sum[r], t->o + (size_t)r * dim, ks->dim);
             if (v_scale) k->scale(s, v_scale, BLOCK); /* past the row's own keys nobody looks */
         }
-        if (next) prefetch(next + half_bytes(ks->type, ks->dim), half_bytes(ks->type, ks->dim));
+        if (next) next += half_bytes(ks->type, ks->dim);
         for (int r = first, end; r < t->rows; r = end) { /* rows that see equally many keys go together */
             int n = row_keys(t, r, b);
             for (end = r + 1; end < t->rows && row_keys(t, end, b) == n; end++) {}
             k->gemm(type, t->o + (size_t)r * dim, dim, t->s + (size_t)r * BLOCK, BLOCK, vp, v_panel, end - r,
-                ks->dim / QVL__PANEL, n, true);
+                ks->dim / QVL__PANEL, n, true, next);
         }
     }
 }

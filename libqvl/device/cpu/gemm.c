@@ -64,7 +64,7 @@ static void accumulate(const job *j, float *slice, int r0, int rows, int p0, int
     size_t panel_bytes = qvl__cpu_panel_bytes(w->type, k), ldc = (size_t)count * QVL__PANEL;
     const char *panels = (const char *)w->data + (size_t)p0 * panel_bytes;
     if (!j->packed) {
-        kern->gemm(w->type, acc, ldc, j->x + (size_t)r0 * (size_t)k, (size_t)k, panels, panel_bytes, rows, count, k, false);
+        kern->gemm(w->type, acc, ldc, j->x + (size_t)r0 * (size_t)k, (size_t)k, panels, panel_bytes, rows, count, k, false, NULL);
         return;
     }
     for (int k0 = 0; k0 < k; k0 += j->block) {
@@ -85,7 +85,7 @@ static void accumulate(const job *j, float *slice, int r0, int rows, int p0, int
         }
         const float *af = (const float *)(const void *)a;
         if (!j->widen) {
-            kern->gemm(w->type, acc, ldc, af, lda, from, panel_bytes, rows, count, n, k0 > 0);
+            kern->gemm(w->type, acc, ldc, af, lda, from, panel_bytes, rows, count, n, k0 > 0, NULL);
             continue;
         }
         size_t slice_floats = QVL__GEMM_K * QVL__PANEL;
@@ -93,7 +93,7 @@ static void accumulate(const job *j, float *slice, int r0, int rows, int p0, int
             int np = count - p < kern->np ? count - p : kern->np;
             for (int i = 0; i < np; i++)
                 kern->widen(w->type, slice + (size_t)i * slice_floats, from + (size_t)(p + i) * panel_bytes, n);
-            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, af, lda, slice, slice_floats * sizeof(float), rows, np, n, k0 > 0);
+            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, af, lda, slice, slice_floats * sizeof(float), rows, np, n, k0 > 0, NULL);
         }
     }
 }

@@ -69,8 +69,9 @@ INLINE vint int_total(const int q8, const isum *s) {
 
 /* mr rows by nv vectors from vector v0 of the panels on. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
-                     size_t bs, int all_groups, int g0, int groups) {
+                     size_t bs, int all_groups, int g0, int groups, ahead next) {
     const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    const size_t from_line = body / 64 * (size_t)next.part / (size_t)next.parts * 64, to_line = body / 64 * (size_t)(next.part + 1) / (size_t)next.parts * 64;
     vf sum[6][4]; /* INT_HELD: in registers all the time */
 #pragma GCC unroll 6
     for (int i = 0; INT_HELD && i < mr; i++)
@@ -80,9 +81,11 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
         /* One row: weights stream from memory. Where a group takes long, the hardware looks ahead less far than memory is away;
          * with VNNI it does not, and asking for lines would only delay others. */
         for (int j = 0; !HAVE_VNNI && mr == 1 && j < nv; j++) {
-            const char *ahead = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * body / VP + AHEAD;
-            for (size_t i = 0; i < body / VP; i += 64) __builtin_prefetch(ahead + i);
+            const char *far = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * body / VP + AHEAD;
+            for (size_t i = 0; i < body / VP; i += 64) __builtin_prefetch(far + i);
         }
+        for (int j = v0; next.at && j < v0 + nv; j += VP)
+            for (size_t i = from_line; i < to_line; i += 64) __builtin_prefetch(next.at + (size_t)(j / VP) * bs + head + (size_t)(g0 + g) * body + i);
         isum s[6][4];
         const char *q = (const char *)a->q + (size_t)row * a->stride + (size_t)g * QVL__GROUP;
         const int32_t *start = (const int32_t *)(const void *)((const char *)a->start + (size_t)row * a->stride) + g;
@@ -130,7 +133,8 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 #else
 /* The same in plain C. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
-                     size_t bs, int all_groups, int g0, int groups) {
+                     size_t bs, int all_groups, int g0, int groups, ahead next) {
+    (void)next;
     const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
     for (int p = v0 / VP; p < (v0 + nv) / VP; p++)
         for (int i = 0; i < mr; i++)
@@ -160,12 +164,12 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 
 /* INT_NP panels (one row: INT_NP1), or the single ones that are left over; INT_NV vectors at a time, which is what the
  * registers hold. */
-typedef void int_fn(float *c, size_t ldc, const qvl__ints *a, int row, const char *b, size_t bs, int all_groups, int g0, int groups);
+typedef void int_fn(float *c, size_t ldc, const qvl__ints *a, int row, const char *b, size_t bs, int all_groups, int g0, int groups, ahead next);
 #define INT_TILE(Q, M, NAME, NP, NV)                                                                                           \
     static void int_##Q##_##M##_##NAME(float *c, size_t ldc, const qvl__ints *a, int row, const char *b, size_t bs, int all_groups, \
-                                       int g0, int groups) {                                                                   \
+                                       int g0, int groups, ahead next) {                                                       \
         const int nv = INT_WIDTH(Q, NV);                                                                                       \
-        for (int v = 0; v < NP * VP; v += nv) int_tile(Q == 8, M, v, nv, c, ldc, a, row, b, bs, all_groups, g0, groups);        \
+        for (int v = 0; v < NP * VP; v += nv) int_tile(Q == 8, M, v, nv, c, ldc, a, row, b, bs, all_groups, g0, groups, next);  \
     }
 #if INT_PAIRS /* Q8 takes two registers for each sum, of which there are 16 or 32 */
 #define INT_WIDTH(Q, NV) (Q == 8 && NV > 1 && NV > W / 8 ? NV / 2 : NV)
@@ -198,11 +202,12 @@ static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, c
     int wide = rows == 1 ? INT_NP1 : INT_NP;
     for (int p = 0, np; p < count; p += np) {
         np = count - p < wide ? 1 : wide;
-        for (int r = 0, mr; r < rows; r += mr) {
+        ahead next = {rows > INT_MR && count - p > np ? (const char *)panels + (size_t)(p + np) * panel_bytes : NULL, 0, (rows + INT_MR - 1) / INT_MR};
+        for (int r = 0, mr; r < rows; r += mr, next.part++) {
             int left = rows - r; /* full tiles, and the last two alike; never one row of many, whose width is another */
             mr = left >= 2 * INT_MR ? INT_MR : left > INT_MR ? (left + 1) / 2 : left;
             int_tiles[type == QVL__Q8][mr][np < wide](c + (size_t)r * ldc + (size_t)p * PANEL, ldc, a, r,
-                (const char *)panels + (size_t)p * panel_bytes, panel_bytes, all_groups, g0, groups);
+                (const char *)panels + (size_t)p * panel_bytes, panel_bytes, all_groups, g0, groups, next);
         }
     }
 }

@@ -16,11 +16,19 @@
 
 /* ---- matrix tiles ---- */
 
-typedef void tile_fn(float *c, size_t ldc, const float *a, size_t lda, const char *b, size_t bs, int k, bool resume);
+/* While tiles of rows pass over some panels, the panels behind them come from memory: each of `parts` tiles asks for its part of
+ * the lines. at: the next panels, NULL: none. */
+typedef struct {
+    const char *at;
+    int part, parts;
+} ahead;
+
+typedef void tile_fn(float *c, size_t ldc, const float *a, size_t lda, const char *b, size_t bs, int k, bool resume, ahead next);
 
 /* mr rows by np panels; all three of type, mr, np are constants after inlining, so acc lives in registers. */
 INLINE void tile(const int type, const int mr, const int np, float *c, size_t ldc, const float *a, size_t lda, const char *b,
-                 size_t bs, int k, bool resume) {
+                 size_t bs, int k, bool resume, ahead next) {
+    const int from_panel = np * next.part / next.parts, to_panel = np * (next.part + 1) / next.parts;
     vf acc[6][4 * VP];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
@@ -30,6 +38,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
     if (type == QVL__BF16) {
         for (int p = 0; p + 1 < k; p += 2) {
             vu w[4 * VP];
+            for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * 2 * PANEL);
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++)
                 w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)(j / VP) * bs) + (size_t)p * PANEL + j % VP * 2 * W);
@@ -58,6 +67,8 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
     } else {
         for (int p = 0; p < k; p++) {
             vf x[4 * VP];
+            for (int j = from_panel; next.at && j < to_panel; j++)
+                __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * PANEL * (type == QVL__F32 ? 4 : type == QVL__F16 ? 2 : 1));
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++) {
                 const char *q = b + (size_t)(j / VP) * bs;
@@ -82,8 +93,8 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
 
 #define TILE(T, M, N)                                                                                                  \
     static void tile_##T##_##M##_##N(float *c, size_t ldc, const float *a, size_t lda, const char *b, size_t bs, int k, \
-                                     bool resume) {                                                                    \
-        tile(QVL__##T, M, N, c, ldc, a, lda, b, bs, k, resume);                                                        \
+                                     bool resume, ahead next) {                                                        \
+        tile(QVL__##T, M, N, c, ldc, a, lda, b, bs, k, resume, next);                                                  \
     }
 #define TILES(M, N) TILE(F32, M, N) TILE(BF16, M, N) TILE(F16, M, N) TILE(I8, M, N)
 /* The widths a row count comes in: its own and the halves of it, for the panels that are left over. */
@@ -122,17 +133,19 @@ static int next_tile(int left) { return left >= 2 * MR ? MR : left > MR ? (left 
 /* For each group of panels all row tiles, so that a slice of panels stays in the first-level cache while the rows pass;
  * one tile of rows takes all panels, widest first. */
 static void gemm(qvl__type type, float *c, size_t ldc, const float *a, size_t lda, const void *panels, size_t panel_bytes,
-                 int rows, int count, int k, bool resume) {
+                 int rows, int count, int k, bool resume, const void *next) {
     int group = rows > MR ? widest(MR) : count;
     for (int g = 0; g < count; g += group) {
         int in_group = count - g < group ? count - g : group;
-        for (int r = 0, mr; r < rows; r += mr) {
+        ahead then = {count - g > group ? (const char *)panels + (size_t)(g + group) * panel_bytes : NULL, 0, (rows + MR - 1) / MR};
+        for (int r = 0, mr; r < rows; r += mr, then.part++) {
             mr = next_tile(rows - r);
             int np = widest(mr);
             for (int p = 0; p < in_group; p += np) {
                 while (np > in_group - p) np /= 2;
+                if (next && rows <= MR) then.at = (const char *)next + (size_t)p * panel_bytes;
                 tiles[type][mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, a + (size_t)r * lda, lda,
-                                    (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, k, resume);
+                                    (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, k, resume, then);
             }
         }
     }
@@ -140,7 +153,8 @@ static void gemm(qvl__type type, float *c, size_t ldc, const float *a, size_t ld
 
 #if HAVE_DOT
 INLINE void dot_tile(const int mr, const int np, float *c, size_t ldc, const uint32_t *a, size_t lda, const char *b, size_t bs,
-                     int pairs, bool resume) {
+                     int pairs, bool resume, ahead next) {
+    const int from_panel = np * next.part / next.parts, to_panel = np * (next.part + 1) / next.parts;
     vf acc[6][4];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
@@ -150,6 +164,7 @@ INLINE void dot_tile(const int mr, const int np, float *c, size_t ldc, const uin
         vu w[4];
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)j * bs) + (size_t)p * 2 * PANEL);
+        for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * 4 * PANEL);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -161,11 +176,11 @@ INLINE void dot_tile(const int mr, const int np, float *c, size_t ldc, const uin
         for (int j = 0; j < np; j++) vstore(c + (size_t)i * ldc + j * W, acc[i][j]);
 }
 
-typedef void dot_fn(float *c, size_t ldc, const uint32_t *a, size_t lda, const char *b, size_t bs, int pairs, bool resume);
+typedef void dot_fn(float *c, size_t ldc, const uint32_t *a, size_t lda, const char *b, size_t bs, int pairs, bool resume, ahead next);
 #define DOT(M, N)                                                                                                          \
     static void dot_##M##_##N(float *c, size_t ldc, const uint32_t *a, size_t lda, const char *b, size_t bs, int pairs, \
-                              bool resume) {                                                                               \
-        dot_tile(M, N, c, ldc, a, lda, b, bs, pairs, resume);                                                              \
+                              bool resume, ahead next) {                                                                   \
+        dot_tile(M, N, c, ldc, a, lda, b, bs, pairs, resume, next);                                                        \
     }
 ALL_WIDTHS(DOT)
 #define DOT_ENTRY(M, N) [M][N] = dot_##M##_##N,
@@ -176,13 +191,14 @@ static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const 
     int group = rows > MR ? widest(MR) : count;
     for (int g = 0; g < count; g += group) {
         int in_group = count - g < group ? count - g : group;
-        for (int r = 0, mr; r < rows; r += mr) {
+        ahead next = {rows > MR && count - g > group ? (const char *)panels + (size_t)(g + group) * panel_bytes : NULL, 0, (rows + MR - 1) / MR};
+        for (int r = 0, mr; r < rows; r += mr, next.part++) {
             mr = next_tile(rows - r);
             int np = widest(mr);
             for (int p = 0; p < in_group; p += np) {
                 while (np > in_group - p) np /= 2;
                 dots[mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, a + (size_t)r * lda, lda,
-                             (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, pairs, resume);
+                             (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, pairs, resume, next);
             }
         }
     }
