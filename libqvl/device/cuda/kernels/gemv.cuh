@@ -66,11 +66,12 @@ template <int TYPE, int ROWS> __device__ __forceinline__ void gemv_pair(const fi
             float sum[2] = {};
             const uint16_t *xr = x + (size_t)r * w.kp + k;
 #pragma unroll
-            for (int i = 0; i < count; i += 4) {
-                uint2 p = *(const uint2 *)(xr + i);
-                float xs[4] = {low_half<TYPE>(p.x), high_half<TYPE>(p.x), low_half<TYPE>(p.y), high_half<TYPE>(p.y)};
+            for (int i = 0; i < count; i += 8) {
+                uint4 p = *(const uint4 *)(xr + i);
+                float xs[8] = {low_half<TYPE>(p.x), high_half<TYPE>(p.x), low_half<TYPE>(p.y), high_half<TYPE>(p.y),
+                               low_half<TYPE>(p.z), high_half<TYPE>(p.z), low_half<TYPE>(p.w), high_half<TYPE>(p.w)};
 #pragma unroll
-                for (int e = 0; e < 4; e++) sum[0] = fmaf(xs[e], v[0][i + e], sum[0]), sum[1] = fmaf(xs[e], v[1][i + e], sum[1]);
+                for (int e = 0; e < 8; e++) sum[0] = fmaf(xs[e], v[0][i + e], sum[0]), sum[1] = fmaf(xs[e], v[1][i + e], sum[1]);
             }
             for (int j = 0; j < 2; j++) acc[j][r] = integers ? fmaf(by[j], sum[j], acc[j][r]) : acc[j][r] + sum[j];
         }
