@@ -25,11 +25,11 @@ from mutants import SRC, Lab
 ORDERS = {"fast": 3, "check": 1, "asan": 1}
 # Tests that reach a file's lines; kernels of flash and mma run in mode deterministic, gemv in fast.
 REACH = {
-    "kernels/attend.cuh": ["exact test_attention_paged", "exact same_decoding", "exact test_vision"],
+    "kernels/attend.cuh": ["exact same_decoding", "exact test_attention_paged", "exact test_vision"],
     "kernels/cache.cuh": ["exact test_attention_paged", "exact same_decoding", "exact test_vision"],
     "kernels/draw.cuh": ["exact test_sample"],
     "kernels/epilogue.cuh": ["exact test_matmul", "exact test_activations", "exact test_matmul_ends"],
-    "kernels/flash.cuh": ["deterministic test_vision", "deterministic same_decoding", "deterministic test_attention_paged"],
+    "kernels/flash.cuh": ["deterministic same_decoding", "deterministic test_vision", "deterministic test_attention_paged"],
     "kernels/gemm_exact.cuh": ["exact test_matmul", "exact test_matmul_ends"],
     "kernels/gemm_mma.cuh": ["deterministic test_matmul", "deterministic test_matmul_ends"],
     "kernels/gemv.cuh": ["fast test_matmul_ends", "fast test_matmul", "fast test_activations"],
