@@ -131,6 +131,11 @@ void check_async_land(const void *shared, int thread);
 void check_range(const void *p, size_t bytes, bool write); /* by a copy or a library call */
 void check_operation(const Done *op, const char *name);   /* the operation that runs from here on; null: none */
 void check_allocated(const Allocation *a); /* or freed */
+/* emu_count.cpp: a launch begins and ends; one lane's part of a request, code: where it is made; a block's barriers and its end */
+void count_launch(const Kernel &k, dim3 grid);
+void count_end();
+void count_access(const void *code, const void *p, size_t bytes, bool write, int thread);
+void count_barrier();
 #else
 inline void check_block_start() {}
 inline void check_block_barrier() {}
@@ -142,6 +147,10 @@ inline void check_async_land(const void *, int) {}
 inline void check_range(const void *, size_t, bool) {}
 inline void check_operation(const Done *, const char *) {}
 inline void check_allocated(const Allocation *) {}
+inline void count_access(const void *, const void *, size_t, bool, int) {}
+inline void count_launch(const Kernel &, dim3) {}
+inline void count_end() {}
+inline void count_barrier() {}
 #endif
 
 #ifdef __SANITIZE_ADDRESS__

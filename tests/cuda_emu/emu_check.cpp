@@ -329,15 +329,17 @@ void check_range(const void *pointer, size_t bytes, bool write) {
 
 using namespace qvl_emu;
 
-static inline void seen_by_compiler(const void *p, size_t bytes, bool write, bool aligned) {
+static inline void seen_by_compiler(const void *code, const void *p, size_t bytes, bool write, bool aligned) {
     auto *frame = static_cast<char *>(__builtin_frame_address(0));
     if (!running.kernel || frame < running.stacks || frame >= running.stacks + max_threads * stack_bytes) return; /* host code */
     char *own = running.stacks + (size_t)running.thread * stack_bytes;
     if (p >= own && p < own + stack_bytes) return;
     if (aligned && (uintptr_t)p % bytes) fail("misaligned: %s %zu bytes at %p, in %s", write ? "writes" : "reads", bytes, p, where(p).c_str());
     check_access(p, bytes, write, running.thread);
+    count_access(code, p, bytes, write, running.thread);
 }
 
+#define HERE __builtin_return_address(0)
 #pragma GCC visibility push(hidden)
 extern "C" {
 void __tsan_init() {}
@@ -345,15 +347,15 @@ void __tsan_func_entry(void *) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void *, void *) {}
 void __tsan_vptr_read(void *) {}
-void __tsan_read_range(void *p, size_t n) { seen_by_compiler(p, n, false, false); }
-void __tsan_write_range(void *p, size_t n) { seen_by_compiler(p, n, true, false); }
-void __tsan_read1(void *p) { seen_by_compiler(p, 1, false, false); }
-void __tsan_write1(void *p) { seen_by_compiler(p, 1, true, false); }
+void __tsan_read_range(void *p, size_t n) { seen_by_compiler(HERE, p, n, false, false); }
+void __tsan_write_range(void *p, size_t n) { seen_by_compiler(HERE, p, n, true, false); }
+void __tsan_read1(void *p) { seen_by_compiler(HERE, p, 1, false, false); }
+void __tsan_write1(void *p) { seen_by_compiler(HERE, p, 1, true, false); }
 #define SIZES(n)                                                                   \
-    void __tsan_read##n(void *p) { seen_by_compiler(p, n, false, true); }          \
-    void __tsan_write##n(void *p) { seen_by_compiler(p, n, true, true); }          \
-    void __tsan_unaligned_read##n(void *p) { seen_by_compiler(p, n, false, false); } \
-    void __tsan_unaligned_write##n(void *p) { seen_by_compiler(p, n, true, false); }
+    void __tsan_read##n(void *p) { seen_by_compiler(HERE, p, n, false, true); }          \
+    void __tsan_write##n(void *p) { seen_by_compiler(HERE, p, n, true, true); }          \
+    void __tsan_unaligned_read##n(void *p) { seen_by_compiler(HERE, p, n, false, false); } \
+    void __tsan_unaligned_write##n(void *p) { seen_by_compiler(HERE, p, n, true, false); }
 SIZES(2) SIZES(4) SIZES(8) SIZES(16)
 #undef SIZES
 

@@ -155,6 +155,7 @@ void release_barrier() {
     }
     at_barrier = 0;
     check_block_barrier();
+    count_barrier();
 }
 
 int shuffle_source(const Fiber &f, int lane) {
@@ -426,11 +427,14 @@ void run_kernel(const Kernel &k, dim3 grid, dim3 block, size_t shared_bytes, int
     /* Blocks i -> (start + i step) mod n: a random order without a list of blocks. */
     uint64_t n = (uint64_t)grid.x * grid.y * grid.z, start = random64() % n, step = random64() % n;
     while (std::gcd(step, n) != 1) step = (step + 1) % n;
+    count_launch(k, grid);
     for (uint64_t i = 0, b = start; i < n; i++, b = (b + step) % n) {
         now_block = running.block = uint3{(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
         running.block_number = (uint32_t)b;
         run_block();
+        count_barrier();
     }
+    count_end();
     unpoison(window + guard, shared_room);
     running.kernel = nullptr;
 }
@@ -487,6 +491,7 @@ void ldmatrix_x4(uint32_t *r, const void *row, bool transposed, Site at) {
     f.r = r;
     f.a = row;
     f.how = transposed;
+    count_access(__builtin_return_address(0), row, 16, false, running.thread);
     meet(f);
 }
 
@@ -500,7 +505,9 @@ void cp_async16(void *shared, const void *global, bool valid) {
     if (valid) {
         need_device_memory(from, 16, running.device, "cp.async", "the source");
         check_access(from, 16, false, running.thread);
+        count_access(__builtin_return_address(0), from, 16, false, running.thread);
     }
+    count_access(__builtin_return_address(0), to, 16, true, running.thread);
     Copy c = {to, valid ? from : nullptr, (random64() & 1) != 0, f.groups, {}};
     if (c.from && c.early) memcpy(c.data, from, 16);
     check_async_issue(to, running.thread);

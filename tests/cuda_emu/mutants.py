@@ -3,7 +3,8 @@
 Job:        change one line, build the backend for the emulator, run one test of cuda_ops in several orders.
 Input:      libqvl/device/cuda, the emulator and the tests, as "make check-emu" builds them.
 Output:     a table (Markdown); exit status 1 when a fault was not caught or a line to change is not there any more.
-Invariants: the sources are changed in copies below build/; a fault counts as caught when any order of threads shows it.
+Invariants: the sources are changed in copies below build/; a fault counts as caught when any order of threads shows it,
+            never when it does not compile. These faults were thought of; sweep.py makes them by rule.
 
 Usage: mutants.py BUILD_DIRECTORY EMULATOR_DIRECTORY CXX FLAGS...
 """
@@ -34,6 +35,9 @@ MUTANTS = [
     ("two blocks add to the same row", "kernels/rows.cuh", "    if (__syncthreads_or(earlier)) return;\n", "", "exact test_row_ops"),
     ("results are read without waiting for the stream", "plugin.cu", 'if (cuda_wait(c, NULL)) memcpy', "memcpy", "exact test_row_ops"),
     ("staging memory is reused before its copy has run", "plugin.cu", "        cuda_wait(c, c->staged[c->stage]);\n", "", "exact test_staging"),
+    ("an expert's rows begin one too far", "kernels/moe.cuh", "    f.y += (size_t)g.first[e] * f.ld;", "    f.y += (size_t)(g.first[e] + (e > 0)) * f.ld;", "exact test_moe"),
+    ("experts are added as they were chosen", "kernels/moe.cuh", "if (expert[j] > last && (k < 0 || expert[j] < expert[k])) k = j;", "if (j == n) k = j;", "exact test_moe"),
+    ("a tile too few", "kernels/moe.cuh", "    int mine = (g.count[e] + MOE_TILE - 1) / MOE_TILE;", "    int mine = g.count[e] / MOE_TILE;", "exact test_moe"),
     ("no barrier before bins are added up", "kernels/draw.cuh", "        __syncthreads();\n        if (threadIdx.x < 32) {", "        if (threadIdx.x < 32) {", "exact test_sample"),
     ("a token too many behind a cut", "kernels/draw.cuh", "if (before < left && left <= up_to) {", "if (before <= left && left < up_to) {", "exact test_sample"),
     ("a tie at the cut keeps all", "kernels/draw.cuh", "equals - 1, s);", "each ? (uint64_t)0 : equals - 1, s);", "exact test_sample"),
@@ -58,45 +62,65 @@ def reached(path):
     return found
 
 
+class Lab:
+    """Builds the backend with one file changed, and runs tests on it."""
+
+    def __init__(self, build, emulator, cxx, flags):
+        self.build, self.cxx, self.flags = build, cxx, flags
+        self.objects = [str(o) for o in sorted(emulator.rglob("*.o"))]
+        self.copy, self.so = build / "mutant" / "libqvl", build / "mutant" / "libqvl-cuda.so"
+        self.asan = [f for f in flags if f.startswith("-fsanitize=address")]
+
+    def make(self, file, text):
+        """False when it does not compile."""
+        shutil.rmtree(self.copy, ignore_errors=True)
+        for part in ("device", "base"):
+            shutil.copytree(f"libqvl/{part}", self.copy / part)
+        shutil.copytree("include", self.build / "mutant" / "include", dirs_exist_ok=True)
+        (self.copy / "device" / "cuda" / file).write_text(text)
+        mine = []
+        for unit in sorted(SRC.glob("*.cu")):
+            o = self.build / "mutant" / f"{unit.name}.o"
+            if SRC / file in reached(unit):
+                if subprocess.run([self.cxx, "-x", "c++", *self.flags, "-O1", "-c", str(self.copy / "device" / "cuda" / unit.name), "-o", str(o)], stderr=subprocess.PIPE).returncode:
+                    return False
+                mine.append(str(o))
+            else:
+                mine += [x for x in self.objects if x.endswith(f"/{unit.name}.o")]
+        subprocess.run([self.cxx, "-shared", "-pthread", *self.asan, "-o", str(self.so), *mine, *[x for x in self.objects if x.endswith(".cpp.o")]], check=True)
+        return True
+
+    def shows(self, test, seed, seconds):
+        """How a test shows that something is wrong with what was made, "" when it does not."""
+        env = dict(os.environ, QVL_CUDA_PLUGIN=str(self.so), QVL_EMU_MEMORY=str(1 << 32), QVL_EMU_DEVICES="4", QVL_EMU_SEED=str(seed), QVL_EMU_ASYNC="lazy" if seed % 2 else "random")
+        if self.asan:
+            env.update(ASAN_OPTIONS="detect_leaks=0", LD_PRELOAD=subprocess.check_output([self.cxx, "-print-file-name=libasan.so"], text=True).strip())
+        try:
+            out = subprocess.run([str(self.build / "tests/ops/cuda_ops"), *test.split()], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"does not end, order {seed}"
+        if "Running 1 test(s)" not in out.stdout:
+            sys.exit(f"{test}: ran no test\n{out.stdout}")
+        if out.returncode == 0:
+            return ""
+        said = out.stdout.splitlines()
+        how = "named by the emulator" if any(x.startswith("qvl-emu: ") for x in said) else "named by ASan" if any("AddressSanitizer" in x for x in said) else "wrong numbers"
+        return f"{how}, order {seed}"
+
+
 def main():
-    build, emulator, cxx, flags = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
-    objects = [str(o) for o in sorted(emulator.rglob("*.o"))]
+    lab = Lab(pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
     bad = 0
     print("| planted fault | where | caught by | how |\n|---|---|---|---|")
     for fault, file, line, becomes, test in MUTANTS:
-        copy = build / "mutant" / "libqvl"
-        shutil.rmtree(copy, ignore_errors=True)
-        for part in ("device", "base"):
-            shutil.copytree(f"libqvl/{part}", copy / part)
-        shutil.copytree("include", build / "mutant" / "include", dirs_exist_ok=True)
-        path = copy / "device" / "cuda" / file
-        text = path.read_text()
+        text = (SRC / file).read_text()
         if text.count(line) != 1:
             print(f"{file}: {text.count(line)} places for {fault!r}, one is needed", file=sys.stderr)
             bad += 1
             continue
-        path.write_text(text.replace(line, becomes))
-        mine = []
-        for unit in sorted(SRC.glob("*.cu")):
-            o = build / "mutant" / f"{unit.name}.o"
-            if SRC / file in reached(unit):
-                subprocess.run([cxx, "-x", "c++", *flags, "-O1", "-c", str(copy / "device" / "cuda" / unit.name), "-o", str(o)], check=True)
-                mine.append(str(o))
-            else:
-                mine += [x for x in objects if x.endswith(f"/{unit.name}.o")]
-        so = build / "mutant" / "libqvl-cuda.so"
-        subprocess.run([cxx, "-shared", "-pthread", "-o", str(so), *mine, *[x for x in objects if x.endswith(".cpp.o")]], check=True)
-        how = ""
-        for seed in range(1, ORDERS + 1):
-            env = dict(os.environ, QVL_CUDA_PLUGIN=str(so), QVL_EMU_DEVICES="4", QVL_EMU_SEED=str(seed), QVL_EMU_ASYNC="lazy" if seed % 2 else "random")
-            out = subprocess.run([str(build / "tests/ops/cuda_ops"), *test.split()], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-            if "Running 1 test(s)" not in out.stdout:
-                sys.exit(f"{test}: ran no test\n{out.stdout}")
-            if out.returncode not in (0, 77):
-                named = [x for x in out.stdout.splitlines() if x.startswith("qvl-emu: ")]
-                how = "named by the emulator" if named else "wrong numbers"
-                how += f", order {seed}"
-                break
+        if not lab.make(file, text.replace(line, becomes)):
+            sys.exit(f"{file}: does not compile with {fault!r}")
+        how = next(filter(None, (lab.shows(test, seed, 900) for seed in range(1, ORDERS + 1))), "")
         bad += not how
         print(f"| {fault} | `{file}` | `{test}` | {how or '**not caught**'} |", flush=True)
     print(f"\n{len(MUTANTS)} planted faults, {bad} not caught")
