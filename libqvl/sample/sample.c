@@ -42,7 +42,8 @@ static int parse_bias(qvl__sampling *p, const char *json, int vocab) {
     if (rc == 0) {
         json_object_foreach(root, key, v) {
             char *end;
-            long long id = *key >= '0' && *key <= '9' ? strtoll(key, &end, 10) : -1;
+            bool number = *key >= '0' && *key <= '9' && !(key[0] == '0' && key[1]); /* one way to write an id: each comes once */
+            long long id = number ? strtoll(key, &end, 10) : -1;
             double value = json_number_value(v);
             if (id < 0 || *end || id >= vocab)
                 rc = qvl__fail(QVL_EINVAL, "option logit_bias: \"%.40s\" is no token id; they are 0 to %d", key, vocab - 1);
@@ -317,8 +318,11 @@ bool qvl__sampler_draw(const qvl__sampler *s, const int32_t *banned, int n_banne
                      .uniform = uniform(p->seed, position)};
     for (int i = 0; i < p->n_bias; i++) *to++ = (qvl__changed){.id = p->bias_id[i], .bias = p->bias[i]};
     for (int i = 0; i < s->n_seen; i++) *to++ = (qvl__changed){.id = s->seen[i], .count = s->count[s->seen[i]]};
-    for (int i = 0; i < n_banned; i++)
-        if (banned[i] >= 0 && banned[i] < s->vocab) to[d->banned++] = (qvl__changed){.id = banned[i]};
+    for (int i = 0; i < n_banned; i++) { /* each once: their threads do not wait for one another */
+        bool new = banned[i] >= 0 && banned[i] < s->vocab;
+        for (int j = 0; j < d->banned; j++) new = new && to[j].id != banned[i];
+        if (new) to[d->banned++] = (qvl__changed){.id = banned[i]};
+    }
     return true;
 }
 
