@@ -38,6 +38,7 @@ static float e4m3_to_float(uint8_t b) {
     return from_bits(sign | (exp + 120) << 23 | man << 20);
 }
 
+/* Of a type that numbers_type takes as it is: the letters that tell F32, BF16 and F16 apart. */
 static void widen(float *out, const qvl__tensor *t, size_t first, size_t n) {
     if (t->dtype[0] == 'F' && t->dtype[1] == '3') memcpy(out, t->data + first * sizeof(float), n * sizeof(float));
     else for (size_t i = 0; i < n; i++) {

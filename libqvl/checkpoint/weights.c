@@ -504,6 +504,7 @@ static void identify(loader *l) {
     qvl__sha256_init(&s);
     qvl__sha256_add(&s, heads, sizeof heads);
     qvl__sha256_add(&s, real, sizeof real);
+    if (l->c->fp8_block[0]) qvl__sha256_add(&s, l->c->fp8_block, sizeof l->c->fp8_block);
     qvl__sha256_add(&s, vc->deepstack, sizeof vc->deepstack[0] * (size_t)vc->n_deepstack);
     for (size_t i = 0; i < l->st.n; i++) {
         const qvl__tensor *t = &l->st.tensors[i];

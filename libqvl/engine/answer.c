@@ -155,9 +155,9 @@ static bool is_end(const qvl__request *r, int32_t token) {
 /* End tokens that row `at` may not give yet. */
 static int banned_at(const qvl__request *r, int at) { return at + 1 - r->prompt_n < r->min_tokens ? r->n_eos + r->n_stop_ids : 0; }
 
-/* Samples the token behind number `at` and reports it; logits are overwritten, NULL: the device has taken `chosen`. guess: its place in
- * the draft, when it was guessed. */
-static void advance(qvl_engine *e, qvl__request *r, int at, float *logits, int32_t chosen, int guess) {
+/* Samples the token behind number `at` and reports it; logits, of output number out, are overwritten; NULL: the device has taken the
+ * token. guess: its place in the draft, when it was guessed. */
+static void advance(qvl_engine *e, qvl__request *r, int at, float *logits, int out, int guess) {
     size_t vocab = (size_t)e->model->config.text.vocab;
     qvl__buf *text = new_text(e, r);
     qvl_event *v = new_event(e, QVL_EVENT_TOKEN, r);
@@ -169,7 +169,7 @@ static void advance(qvl_engine *e, qvl__request *r, int at, float *logits, int32
         v->n_logits = vocab;
     }
     int rc = logits ? qvl__sample(&r->sampler, logits, token_limit(e), r->banned, banned_at(r, at), (uint64_t)at + 1, &v->sampled)
-                    : qvl__sampler_take(chosen, &v->sampled);
+                    : qvl__sampler_take(e->ws.host_chosen[out], &v->sampled);
     if (rc) {
         e->n_events--;
         qvl__answer_fail(e, r, rc);
@@ -207,8 +207,7 @@ void qvl__answer_row(qvl_engine *e, const qvl__batch *b, int out) {
     }
     /* the row of the sequence's last token: a guess that was wrong, and all behind it, are not */
     if (at + 1 != qvl__request_tokens(r) || b->tokens[row] != qvl__request_token(r, at)) return;
-    bool there = !e->rows.drawn[out];
-    advance(e, r, at, there ? logits : NULL, there ? 0 : e->ws.host_chosen[out], at + 1 - (r->cached - r->n_draft));
+    advance(e, r, at, e->rows.drawn[out] ? NULL : logits, out, at + 1 - (r->cached - r->n_draft));
 }
 
 /* Whether the device can do what the host would do with an output. Guesses are taken to be right, as their rows count only then; what
@@ -223,9 +222,10 @@ void qvl__answer_draws(qvl_engine *e, qvl__batch *b) {
     for (int i = 0; i < b->outs; i++) {
         const qvl__request *r = e->rows.out_request[i];
         int at = b->pos[b->out_row[i]];
+        e->rows.drawn[i] = false;
+        if (!drawable(e, r, at)) continue;
         qvl__draw *d = &e->ws.host_draws[b->draws];
-        e->rows.drawn[i] = drawable(e, r, at) && qvl__sampler_draw(&r->sampler, r->banned, banned_at(r, at), (uint64_t)at + 1, d, e->ws.host_changed + b->changes,
-                                                                   QVL__CHANGES - b->changes);
+        e->rows.drawn[i] = qvl__sampler_draw(&r->sampler, r->banned, banned_at(r, at), (uint64_t)at + 1, d, e->ws.host_changed + b->changes, QVL__CHANGES - b->changes);
         if (!e->rows.drawn[i]) continue;
         d->row = i;
         d->first = b->changes;

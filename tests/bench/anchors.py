@@ -27,11 +27,11 @@ UNITS = {"prefill": "tokens/s", "decode": "tokens/s", "depth": "tokens/s", "stre
 
 
 def run(*command):
-    """What it writes to standard output, and behind a mark of ours what it says beside."""
+    """What it writes, and what it says beside."""
     p = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if p.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit code {p.returncode}\n{p.stderr[-2000:]}")
-    return p.stdout + "\0" + p.stderr
+    return p.stdout, p.stderr
 
 
 def say(text):
@@ -54,7 +54,7 @@ class Llama:
         self.bin, self.gguf, self.threads, self.folder = Path(a.llama), Path(a.gguf), a.threads, folder
 
     def bench(self, kind, *args):
-        out = run(self.bin / "llama-bench", "-m", self.gguf / f"m-{kind}.gguf", "-t", self.threads, "-r", 1, "-o", "json", *args)
+        out = run(self.bin / "llama-bench", "-m", self.gguf / f"m-{kind}.gguf", "-t", self.threads, "-r", 1, "-o", "json", *args)[0]
         return json.loads(out[out.index("["):out.rindex("]") + 1])[0]["avg_ts"]
 
     def prefill(self, kind):
@@ -67,13 +67,13 @@ class Llama:
         return self.bench(kind, "-p", 0, "-n", 64, "-d", 2048)
 
     def streams(self, kind):
-        out = run(self.bin / "llama-batched-bench", "-m", self.gguf / f"m-{kind}.gguf", "-t", self.threads, "-c", 4096, "-npp", 16, "-ntg", 32, "-npl", 16)
+        out, _ = run(self.bin / "llama-batched-bench", "-m", self.gguf / f"m-{kind}.gguf", "-t", self.threads, "-c", 4096, "-npp", 16, "-ntg", 32, "-npl", 16)
         return float([line for line in out.splitlines() if re.match(r"\|\s+16 \|", line)][-1].split("|")[8])
 
     def image(self, kind, size):
         projector = self.gguf / f"mmproj-{kind}.gguf"
-        out = run(self.bin / "llama-mtmd-cli", "-m", self.gguf / "m-q8_0.gguf", "--mmproj", projector, "--image", self.folder / f"{size}.png",
-                  "-p", "What?", "-n", 1, "-t", self.threads, "-c", 4096, "--temp", 0, "-v")
+        out = "".join(run(self.bin / "llama-mtmd-cli", "-m", self.gguf / "m-q8_0.gguf", "--mmproj", projector, "--image", self.folder / f"{size}.png",
+                  "-p", "What?", "-n", 1, "-t", self.threads, "-c", 4096, "--temp", 0, "-v"))
         times = re.findall(r"(?:encoding done|image slice encoded|image encoded).*? in (\d+) ms", out)
         if not times:
             sys.exit(f"llama-mtmd-cli said nothing about encoding:\n{out[-1500:]}")
@@ -92,7 +92,7 @@ class Qvl:
 
     def bench(self, kind, *args):
         dtype = ("--dtype", "bf16") if kind == "bf16" else ()
-        tests = json.loads(run(QVL, "bench", "-m", self.models[kind], "-t", self.threads, "--repeat", 1, "--json", *dtype, *args).split("\0")[0])
+        tests = json.loads(run(QVL, "bench", "-m", self.models[kind], "-t", self.threads, "--repeat", 1, "--json", *dtype, *args)[0])
         self.isa = tests[0]["isa"]
         return tests[0]["values"][0]
 

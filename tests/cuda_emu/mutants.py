@@ -42,7 +42,7 @@ MUTANTS = [
     ("a token too many behind a cut", "kernels/draw.cuh", "if (before < left && left <= up_to) {", "if (before <= left && left < up_to) {", "exact test_sample"),
     ("a tie at the cut keeps all", "kernels/draw.cuh", "equals - 1, s);", "each ? (uint64_t)0 : equals - 1, s);", "exact test_sample"),
     ("bias and penalty at the same time", "kernels/draw.cuh", "    __syncthreads();\n    c += d.bias;", "    c += d.bias;", "exact test_sample"),
-    ("parts of a sum are not added up", "gemm.cu", "    if (divided && m->role.division == QVL__BY_INPUT) cuda_sum(c, y, (size_t)rows * (size_t)m->n);\n", "", "exact test_divided"),
+    ("parts of a sum are not added up", "gemm.cu", "    if (division == QVL__BY_INPUT) cuda_sum(c, y, (size_t)rows * (size_t)m->n);\n", "", "exact test_divided"),
     ("every GPU adds the bias", "gemm.cu", "        if (c->rank) f.bias = NULL; /* it is added once */\n", "", "exact test_divided"),
     ("the bias of GPU 0's heads for all", "gemm.cu", "bias ? bias + p.out[0].from : NULL", "bias", "exact test_divided"),
     ("keys of a shared head are another GPU's", "divide.h", "run{(int)((int64_t)heads * rank / ranks), 1}", "run{0, 1}", "exact test_divided"),

@@ -60,7 +60,6 @@ RULES = [  # name, what is looked for, what becomes of it; bounds have code of t
 # file, function, the line as it becomes (; and the line behind it where nothing is left; a number where the function has several), why nothing can show it
 EQUIVALENT = [
     ("kernels/draw.cuh", "draw_max", "; if (threadIdx.x % 32 == 0) s->part[threadIdx.x / 32] = qvl__order_of(x);", "nothing has used part before: it is called once, first"),
-    ("kernels/draw.cuh", "draw_cut", "; for (int i = threadIdx.x; i < count; i += DRAW_THREADS) s->bins[i] = 0;", "found and left are written behind two more barriers, and bins were last read before the one at the end"),
 ]
 
 Mutant = collections.namedtuple("Mutant", "file function number rule becomes text")

@@ -190,13 +190,13 @@ static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl
     int section = m->role.gate_up ? w.n / 2 : p.outs == 3 ? p.out[0].count : w.n;
     int skip = m->role.gate_up ? (m->n - w.n) / 2 : p.outs == 3 ? p.out[1].from - p.out[0].from - p.out[0].count : 0;
     finish f = {e, bias ? bias + p.out[0].from : NULL, y, w.n, (size_t)(e == QVL__EPI_SWIGLU ? m->n / 2 : m->n), section, skip};
-    bool divided = c->ranks > 1 && m->role.division != QVL__WHOLE;
+    qvl__division division = c->ranks > 1 ? m->role.division : QVL__WHOLE;
     if (bias && p.outs == 3 && p.out[2].from - p.out[1].from - p.out[1].count != skip) cuda_failed(c, QVL_EINTERNAL, "matmul", "a bias for divided heads of two kinds");
-    if (divided && m->role.division == QVL__TABLE) {
+    if (division == QVL__TABLE) {
         table_product(c, f, y, x, rows, m, w);
         return;
     }
-    if (divided && m->role.division == QVL__BY_INPUT) {
+    if (division == QVL__BY_INPUT) {
         if (c->rank) f.bias = NULL; /* it is added once */
         if (e != QVL__EPI_NONE && e != QVL__EPI_ADD) cuda_failed(c, QVL_EINTERNAL, "matmul", "an activation of partial sums");
         if (rows >= ROUNDED_ROWS && d->bf16_math && !c->deterministic) {
@@ -206,7 +206,7 @@ static void matmul(qvl__device *d, float *y, const float *x, int rows, const qvl
         if (c->rank) f.kind = QVL__EPI_NONE; /* and so is y */
     }
     product(c, f, x, (size_t)m->k, rows, w);
-    if (divided && m->role.division == QVL__BY_INPUT) cuda_sum(c, y, (size_t)rows * (size_t)m->n);
+    if (division == QVL__BY_INPUT) cuda_sum(c, y, (size_t)rows * (size_t)m->n);
 }
 
 void cuda_products(qvl__device *d) { d->matmul = matmul; }

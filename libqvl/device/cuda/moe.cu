@@ -95,16 +95,17 @@ template <int TYPE> static void run_gemv(cuda *c, const groups &g, const finish 
     LAUNCH(c, moe_gemv<TYPE>, dim3(div_up(n, 2 * GEMV_WARPS), g.n), dim3(GEMV_WARPS * 32), 0, g, f, (const uint16_t *)x, w);
 }
 
+static bool few(const cuda *c, const groups &g) { return !c->deterministic && g.pairs <= FEW_PAIRS * g.n; }
+
 static bool in_float(const cuda *c, unsigned types, const groups &g) {
-    bool f16 = types == 1u << QVL__F16, few = g.pairs <= FEW_PAIRS * g.n;
-    return !c->device.bf16_math || types == 1u << QVL__F32 || (f16 && (c->deterministic || !few));
+    return !c->device.bf16_math || types == 1u << QVL__F32 || (types == 1u << QVL__F16 && !few(c, g));
 }
 
 static void products(cuda *c, unsigned types, const groups &g, const finish &f, const void *x, size_t ldx, const rows_of *w) {
     int n = f.n;
     if (in_float(c, types, g)) {
         LAUNCH(c, moe_exact, dim3(div_up(n, EXACT_TILE), g.tiles), dim3(EXACT_THREADS), EXACT_SHARED, g, f, (const float *)x, ldx, w);
-    } else if (c->deterministic || g.pairs > FEW_PAIRS * g.n) {
+    } else if (!few(c, g)) {
         if (types & 1u << QVL__BF16) run_mma<QVL__BF16>(c, g, f, x, w, n);
         if (types & 1u << QVL__Q8) run_mma<QVL__Q8>(c, g, f, x, w, n);
         if (types & 1u << QVL__Q4) run_mma<QVL__Q4>(c, g, f, x, w, n);

@@ -83,8 +83,9 @@ static int regions_before(const parallel *p, const void *at) {
 template <class T> T *seat::here(T *p) const {
     if (!p) return NULL;
     int i = regions_before(all, p);
-    size_t off = i ? (size_t)((const char *)p - all->regions[i - 1].at[0]) : SIZE_MAX;
-    if (off < all->regions[i ? i - 1 : 0].size) return (T *)(all->regions[i - 1].at[rank] + off);
+    const region *r = i ? &all->regions[i - 1] : NULL;
+    size_t off = r ? (size_t)((const char *)p - r->at[0]) : 0;
+    if (r && off < r->size) return (T *)(r->at[rank] + off);
     cuda_failed(gpu, QVL_EINTERNAL, "an op", "an address that no buffer has");
     return NULL;
 }

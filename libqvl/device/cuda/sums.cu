@@ -64,7 +64,7 @@ int cuda_join(cuda **gpus, int count, const qvl__host *host) {
 }
 
 void cuda_leave(cuda *c) {
-    if (c->comm) (c->failed ? nccl.CommAbort : nccl.CommDestroy)((ncclComm_t)c->comm);
+    if (c->comm) (c->failed || *c->broken ? nccl.CommAbort : nccl.CommDestroy)((ncclComm_t)c->comm);
     c->comm = NULL;
 }
 

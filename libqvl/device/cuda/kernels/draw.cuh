@@ -26,6 +26,9 @@ struct draw_shared {
     int found;
 };
 
+/* The probability of a logit in units of 2^-42 of the largest one's. */
+__device__ __forceinline__ uint64_t draw_mass(float l, float top) { return (uint64_t)(exp((double)l - (double)top) * 0x1p42 + 0.5); }
+
 /* Sum over the block, in every thread. */
 __device__ __forceinline__ uint64_t draw_sum(uint64_t x, draw_shared *s) {
     for (int i = 16; i; i >>= 1) x += shuffle_xor(x, i);
@@ -65,7 +68,6 @@ template <class W> __device__ uint32_t draw_cut(const W &weight, int limit, uint
     uint64_t left = need;
     for (int pass = 0; pass < QVL__ORDER_PASSES; pass++) {
         int shift = qvl__order_shift(pass), count = 1 << qvl__order_bits(pass), lane = threadIdx.x, each = count / 32;
-        __syncthreads(); /* found and left were read */
         for (int i = threadIdx.x; i < count; i += DRAW_THREADS) s->bins[i] = 0;
         __syncthreads();
         for (int i = threadIdx.x; i < limit; i += DRAW_THREADS) {
@@ -158,7 +160,7 @@ static __global__ void __launch_bounds__(DRAW_THREADS) draw_rows(int32_t *chosen
             return (double)l >= floor && l > -INFINITY && *order >= least && (*order != last || i <= id);
         };
         auto mass = [&](int i, uint32_t *order) -> uint64_t {
-            return one(i, order) ? (uint64_t)(exp((double)qvl__of_order(*order) - (double)top) * 0x1p42 + 0.5) : 0;
+            return one(i, order) ? draw_mass(qvl__of_order(*order), top) : 0;
         };
         uint64_t count = 0, total = 0, above;
         uint32_t order;
@@ -172,7 +174,7 @@ static __global__ void __launch_bounds__(DRAW_THREADS) draw_rows(int32_t *chosen
             need = need < 1 ? 1 : need < total ? need : total;
             uint32_t at = draw_cut(mass, limit, need, &above, s);
             least = at;
-            uint64_t each = (uint64_t)(exp((double)qvl__of_order(at) - (double)top) * 0x1p42 + 0.5), equals = (need - above + each - 1) / each;
+            uint64_t each = draw_mass(qvl__of_order(at), top), equals = (need - above + each - 1) / each;
             auto equal = [&](int i, uint32_t *o) -> uint64_t { return one(i, o) && *o == at; };
             int lowest = draw_walk(equal, limit, equals - 1, s);
             last = at, id = lowest;
