@@ -265,10 +265,10 @@ int qvl__mixed_choose(qvl__mix *plan, const char *path, const qvl_options *o) {
     if (rc == 0 && m->weights.file.data) rc = qvl__fail(QVL_EUNSUPPORTED, "%s is packed already; pack the directory it was made from", path);
     if (rc == 0) rc = tap_new(&t, m);
     if (rc == 0) {
-        m->device = &t.d;
+        m->device = m->vision = &t.d;
         const char *given = qvl__opt_str(o, "calibration");
         rc = *given ? ask_given(m, given) : ask_built_in(m);
-        m->device = t.real;
+        m->device = m->vision = t.real;
     }
     for (size_t i = 0; rc == 0 && i < t.n; i++)
         if (!t.parts[i].router) rc = measure(&t, &t.parts[i]);

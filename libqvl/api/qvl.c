@@ -37,6 +37,8 @@ static int load(qvl_model *m, const char *path, const qvl_options *o) {
     qvl__device_options want = {.bf16_math = strcmp(dtype, "f32") != 0, .deterministic = qvl__opt_i64(o, "deterministic") != 0, .memory = qvl__opt_f64(o, "gpu_memory_utilization"),
                                 .gpus = (int)qvl__opt_i64(o, "tensor_parallel_size")};
     if (rc == 0) rc = qvl__device_open(&m->device, m->pool, qvl__opt_str(o, "device"), &want);
+    if (rc == 0) m->vision = m->device;
+    if (rc == 0 && m->device->beside) rc = m->device->beside(m->device, &m->vision);
     if (rc == 0) rc = qvl__rope_init(m);
     m->kv_type = strcmp(dtype, "f32") == 0 ? QVL__F32 : QVL__BF16;
     if (rc == 0) rc = qvl__weights_load(&m->weights, &m->config, path, m->device, dtype, progress, ud);
@@ -63,6 +65,7 @@ int qvl_model_load(qvl_model **out, const char *path, const qvl_options *o) {
 void qvl_model_free(qvl_model *m) {
     if (!m || atomic_fetch_sub(&m->refs, 1) != 1) return;
     if (m->weights.text) qvl__weights_free(&m->weights, &m->config, m->device);
+    if (m->vision && m->vision != m->device) m->vision->close(m->vision);
     if (m->device) m->device->close(m->device);
     qvl__pool_free(m->pool);
     qvl__tokenizer_free(m->tokenizer);

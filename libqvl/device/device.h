@@ -114,6 +114,11 @@ struct qvl__device {
     /* Waits until everything asked for is done. 0, or the first failure of any op since the device was opened (QVL_ENODEV:
      * the GPU is lost): ops themselves cannot report. */
     int (*sync)(qvl__device *d);
+    /* A second device over the same memory, whose ops run beside this one's, in no order with them: buffers belong to the
+     * device that took them, weights serve both. It is closed before this one. NULL where ops are done when they return. */
+    int (*beside)(qvl__device *d, qvl__device **out);
+    /* Whether all that was asked for is done (or has failed); NULL where ops are done when they return. */
+    bool (*idle)(qvl__device *d);
     /* Bytes that are left for a KV cache; 0: memory is the host's, and the caller's options decide. */
     uint64_t (*room)(qvl__device *d);
     /* Steps that repeat. replay: true when the ops of this key were recorded before; they have been started again, over

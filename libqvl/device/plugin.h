@@ -13,7 +13,7 @@
 
 #define QVL__PLUGIN_SYMBOL "qvl_device_plugin"
 /* Changes with device.h and with this file. */
-#define QVL__PLUGIN_VERSION "qvl-device-2"
+#define QVL__PLUGIN_VERSION "qvl-device-3"
 
 typedef struct {
     int (*fail)(int code, const char *fmt, ...) QVL__PRINTF(2, 3);

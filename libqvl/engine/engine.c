@@ -147,8 +147,9 @@ static int pace(qvl_engine *e) {
     double start = qvl__now_ms(), decode = answering(e) ? e->decode_ms : 0;
     double left = e->limits.step_ms > 0 ? e->limits.step_ms * (decode > 0 || answering(e) ? 1 : IDLE) - decode : INFINITY;
     if (qvl__pictures_wanted(e)) {
-        double share = qvl__batch_prefills(e) ? left / 2 : left;
-        qvl__pictures_work(e, start + (share > 0 ? share : 0));
+        bool prefills = qvl__batch_prefills(e);
+        double share = prefills ? left / 2 : left;
+        qvl__pictures_work(e, start + (share > 0 ? share : 0), !prefills && !answering(e));
         left -= qvl__now_ms() - start;
     }
     if (isinf(left)) return e->limits.max_batched;
@@ -170,7 +171,8 @@ static void learn(qvl_engine *e, double ms) {
 /* Runs the batch that was built and answers its outputs. When the device has failed, so have all who were to use it. */
 static void run(qvl_engine *e, const qvl__batch *b) {
     double start = qvl__now_ms();
-    int rc = b->rows ? qvl__text_forward(e->model, &e->kv, &e->ws, b) : e->model->device->sync(e->model->device);
+    qvl__device *idle = e->encoding.failed ? e->model->vision : e->model->device;
+    int rc = b->rows && !e->encoding.failed ? qvl__text_forward(e->model, &e->kv, &e->ws, b) : idle->sync(idle);
     for (int i = e->n_running; rc && i-- > 0 && qvl__answer_room(e);) qvl__answer_fail(e, e->running[i], rc);
     if (rc || !b->rows) return;
     learn(e, qvl__now_ms() - start);

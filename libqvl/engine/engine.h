@@ -155,7 +155,8 @@ struct qvl_engine {
         const qvl__visual **visual;
         qvl_embedding **embedding;
         int n, rows;
-        double ms;
+        double ms, start;
+        bool failed; /* the tower's device has */
     } encoding;
     struct { /* one step's rows, host side */
         int32_t *tokens, *positions, *seq, *pos, *table, *visual_row, *visual_index, *out_row;
@@ -215,8 +216,9 @@ bool qvl__picture_known(qvl_engine *e, const uint8_t hash[32]);
 double qvl__pictures_ms(const qvl__request *r);
 /* Whether a running request waits for a picture. */
 bool qvl__pictures_wanted(const qvl_engine *e);
-/* Encodes pictures that running requests wait for, slice by slice, until the clock says until_ms; at least one slice. */
-void qvl__pictures_work(qvl_engine *e, double until_ms);
+/* Encodes pictures that running requests wait for, slice by slice, until the clock says until_ms; at least one slice. Without
+ * wait, what a device does beside this thread is left to it, and looked at again in the next step. */
+void qvl__pictures_work(qvl_engine *e, double until_ms, bool wait);
 /* Gives the batch in the tower up when all who wanted it are gone. */
 void qvl__pictures_abandon(qvl_engine *e);
 

@@ -154,6 +154,7 @@ double qvl__pictures_ms(const qvl__request *r) {
 static bool start(qvl_engine *e) {
     e->encoding.n = e->encoding.rows = 0;
     e->encoding.ms = 0;
+    e->encoding.start = qvl__now_ms();
     for (int i = 0; i < e->n_running; i++) {
         const qvl__request *r = e->running[i];
         if (!wanted(e->running[i])) continue;
@@ -198,14 +199,19 @@ void qvl__pictures_abandon(qvl_engine *e) {
     end(e, false);
 }
 
-void qvl__pictures_work(qvl_engine *e, double until_ms) {
+void qvl__pictures_work(qvl_engine *e, double until_ms, bool wait) {
+    bool beside = e->model->vision != e->model->device;
     do {
         if (!e->encoding.n && !start(e)) return;
         double before = qvl__now_ms();
-        bool done = qvl__tower_work(e->tower, until_ms);
+        int done = qvl__tower_work(e->tower, until_ms, wait);
         double ms = qvl__now_ms() - before;
+        if (beside) ms = done ? qvl__now_ms() - e->encoding.start : 0; /* this thread's time says nothing */
         e->encoding.ms += ms;
         e->counts.vision_ms += ms;
-        if (done) end(e, true);
+        if (!done) return;
+        end(e, done > 0);
+        e->encoding.failed = done < 0;
+        if (done < 0) return;
     } while (qvl__now_ms() < until_ms);
 }

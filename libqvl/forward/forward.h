@@ -19,6 +19,7 @@ struct qvl_model {
     qvl__weights weights;
     qvl__pool *pool;
     qvl__device *device;
+    qvl__device *vision; /* the tower's: device, or one beside it, so that decoding does not wait for pictures */
     qvl_tokenizer *tokenizer;
     qvl__template template_;
     qvl__type kv_type; /* what kv_dtype auto means */
@@ -58,9 +59,10 @@ int qvl__embedding_for(qvl_embedding **out, const qvl_model *m, const qvl__visua
 /* Starts a batch; out[i] (of qvl__embedding_for) gets visual[i]'s result. Both stay the caller's and must live until the
  * batch is done or given up. The tower must be idle and the batch fit. */
 void qvl__tower_start(qvl__tower *t, const qvl__visual *const *visual, qvl_embedding *const *out, int n);
-/* Does slices of the started batch until it is done or qvl__now_ms() >= until_ms, at least one slice; true when done
- * (the tower is idle again). Never fails, never allocates. */
-bool qvl__tower_work(qvl__tower *t, double until_ms);
+/* Does slices of the started batch until it is done or qvl__now_ms() >= until_ms, at least one slice; without wait also only
+ * until its results have to come from a device that works beside this thread and is not done. 1: the batch is done, the tower
+ * idle again; 0: there is more to do; or the device's failure, the batch is given up. Never allocates. */
+int qvl__tower_work(qvl__tower *t, double until_ms, bool wait);
 /* Gives a started batch up. */
 void qvl__tower_stop(qvl__tower *t);
 

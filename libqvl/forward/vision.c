@@ -17,7 +17,7 @@
 #define LEAST_ROWS 96   /* fewer would not fill the matrix kernels */
 #define PACK_ROWS 32768 /* rows of keys, over all heads, that are packed at once: 1 head where a span is longer */
 
-typedef enum { EMBED, QKV, ATTENTION, MLP, DEEPSTACK, MERGER, DONE } phase;
+typedef enum { EMBED, QKV, ATTENTION, MLP, DEEPSTACK, MERGER, FETCH, DONE } phase;
 
 struct qvl__tower {
     qvl_model *m;
@@ -41,7 +41,8 @@ struct qvl__tower {
     phase phase;
     int layer, deep;       /* deep: how many deepstack features are done */
     int at, pair;          /* visual, and temporal pair of it */
-    int head, heads, row;  /* heads: how many are packed from head on; row: of the pair, the visual or the batch, by phase */
+    int head, heads, row;  /* heads: how many are packed from head on; row: of the pair or the batch (DEEPSTACK, MERGER: token), by phase */
+    int merged;            /* the layer of the embeddings that FETCH brings */
 };
 
 /* ---- memory ---- */
@@ -60,7 +61,7 @@ static size_t layout(qvl__tower *t) {
     t->field = t->base ? (void *)(t->base + at) : NULL; \
     at = (at + (count) * 4 + 63) / 64 * 64
     PART(x, rows * h);
-    PART(qkv, rows * 3 * h);
+    PART(qkv, rows * (3 * h > (size_t)c->out_hidden / 4 + 1 ? 3 * h : (size_t)c->out_hidden / 4 + 1)); /* also merged tokens, one for 4 rows */
     PART(cos, rows * half);
     PART(sin, rows * half);
     PART(norm, SLICE_ROWS * h);
@@ -73,14 +74,14 @@ static size_t layout(qvl__tower *t) {
 }
 
 size_t qvl__tower_bytes(const qvl_model *m, int max_rows, int max_visuals) {
-    qvl__tower t = {.d = m->device, .c = &m->config.vision, .max_rows = max_rows, .max_visuals = max_visuals};
+    qvl__tower t = {.d = m->vision, .c = &m->config.vision, .max_rows = max_rows, .max_visuals = max_visuals};
     return layout(&t);
 }
 
 int qvl__tower_new(qvl__tower **out, qvl_model *m, int max_rows, int max_visuals) {
     qvl__tower *t = *out = qvl__calloc(1, sizeof *t);
     if (!t) return QVL_ENOMEM;
-    *t = (qvl__tower){.m = m, .d = m->device, .c = &m->config.vision, .max_rows = max_rows, .max_visuals = max_visuals, .phase = DONE};
+    *t = (qvl__tower){.m = m, .d = m->vision, .c = &m->config.vision, .max_rows = max_rows, .max_visuals = max_visuals, .phase = DONE};
     t->bytes = layout(t);
     t->base = t->d->alloc(t->d, t->bytes);
     t->host = qvl__array(NULL, SLICE_ROWS * (widest(t->c) + 2), sizeof(float));
@@ -220,24 +221,32 @@ static void mlp(qvl__tower *t) {
     else next_layer(t);
 }
 
-/* Tokens of one visual through a merger; the main one norms each patch, the deepstack ones the four patches joined. */
+/* Tokens of all visuals through a merger; the main one norms each patch, the deepstack ones the four patches joined. Results
+ * stay on the device, in qkv, which is free between layers. */
 static void merge(qvl__tower *t) {
     bool joined = t->phase == DEEPSTACK;
     const qvl__merger *m = joined ? &t->m->weights.deepstack[t->deep] : &t->m->weights.merger;
     qvl__device *d = t->d;
-    qvl_embedding *e = t->out[t->at];
-    int h = t->c->hidden, out = t->c->out_hidden, layer = joined ? 1 + t->deep : 0;
-    int n = slice_rows(t, 2.0 * h * (4.0 * h + out), 4 * (e->tokens - t->row)) / 4;
-    const float *x = t->x + ((size_t)t->first_row[t->at] + 4 * (size_t)t->row) * (size_t)h;
+    int h = t->c->hidden, out = t->c->out_hidden, tokens = t->rows / 4;
+    int n = slice_rows(t, 2.0 * h * (4.0 * h + out), 4 * (tokens - t->row)) / 4;
+    const float *x = t->x + 4 * (size_t)t->row * (size_t)h;
     d->layer_norm(d, t->norm, x, m->norm_w, m->norm_b, joined ? n : 4 * n, joined ? 4 * h : h, 1e-6f);
     d->matmul(d, t->wide, t->norm, n, &m->fc1, m->fc1_b, QVL__EPI_GELU_ERF);
-    d->matmul(d, t->qkv, t->wide, n, &m->fc2, m->fc2_b, QVL__EPI_NONE); /* qkv is free between layers */
-    d->get(d, e->data + ((size_t)layer * (size_t)e->tokens + (size_t)t->row) * (size_t)out, t->qkv, (size_t)n * (size_t)out * sizeof(float));
+    d->matmul(d, t->qkv + (size_t)t->row * (size_t)out, t->wide, n, &m->fc2, m->fc2_b, QVL__EPI_NONE);
     t->row += n;
-    if (t->row < e->tokens) return;
-    t->row = 0;
-    if (++t->at < t->n) return;
-    if (joined) t->deep++, next_layer(t);
+    if (t->row < tokens) return;
+    t->merged = joined ? 1 + t->deep : 0;
+    enter(t, FETCH);
+}
+
+/* The merged tokens of all visuals to the host. */
+static void fetch(qvl__tower *t) {
+    size_t out = (size_t)t->c->out_hidden;
+    for (int i = 0; i < t->n; i++) {
+        qvl_embedding *e = t->out[i];
+        t->d->get(t->d, e->data + (size_t)t->merged * (size_t)e->tokens * out, t->qkv + (size_t)(t->first_row[i] / 4) * out, (size_t)e->tokens * out * sizeof(float));
+    }
+    if (t->merged) t->deep++, next_layer(t);
     else t->phase = DONE;
 }
 
@@ -254,7 +263,7 @@ void qvl__tower_start(qvl__tower *t, const qvl__visual *const *visual, qvl_embed
     enter(t, n ? EMBED : DONE);
 }
 
-bool qvl__tower_work(qvl__tower *t, double until_ms) {
+int qvl__tower_work(qvl__tower *t, double until_ms, bool wait) {
     do {
         switch (t->phase) {
         case EMBED: embed(t); break;
@@ -263,10 +272,16 @@ bool qvl__tower_work(qvl__tower *t, double until_ms) {
         case MLP: mlp(t); break;
         case DEEPSTACK:
         case MERGER: merge(t); break;
+        case FETCH:
+            if (!wait && t->d->idle && !t->d->idle(t->d)) return 0;
+            fetch(t);
+            break;
         case DONE: break;
         }
     } while (t->phase != DONE && qvl__now_ms() < until_ms);
-    return t->phase == DONE;
+    if (t->phase != DONE) return 0;
+    int rc = t->d->sync(t->d);
+    return rc ? rc : 1;
 }
 
 void qvl__tower_stop(qvl__tower *t) { t->phase = DONE; }
@@ -295,10 +310,9 @@ int qvl__vision_forward(qvl_model *m, const qvl__visual *v, qvl_embedding **out)
         return rc;
     }
     qvl__tower_start(t, &v, &e, 1);
-    qvl__tower_work(t, 1e300);
-    rc = t->d->sync(t->d);
+    rc = qvl__tower_work(t, 1e300, true);
     qvl__tower_free(t);
-    if (rc) qvl_embedding_free(e);
+    if (rc < 0) qvl_embedding_free(e);
     else *out = e;
-    return rc;
+    return rc < 0 ? rc : 0;
 }

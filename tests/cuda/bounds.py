@@ -50,6 +50,17 @@ def vision(name, gpus, card):
     return flops / gpus / tflops / 1e12 + sent / link / 1e9
 
 
+def launches(layers, dtype, rows, longest, gpus):
+    """Of a decoding step, behind its copies; tests/python/test_device.py counts them. Products round their rows first; cuBLASLt (BF16, more
+    rows than gemv takes) leaves SwiGLU to a kernel; attention over more than one piece of 128 keys is joined."""
+    product, attention = 2, 1 + (longest > 128)
+    own = dtype != "bf16" or rows <= 8
+    whole = 1 + layers * (2 + 1 + attention + 4 * product + (not own)) + 2 + product
+    if gpus == 1:
+        return whole
+    return whole + 1 + layers * 2 * (3 if rows >= 64 else 1) + 2  # the embedding; o and down, rounded; the parts of the logits
+
+
 def row(what, of):
     print(f"| {what} | {' | '.join(' / '.join(f'{1e3 * of(gpus, card):.3g}' for gpus in (1, 2)) + ' ms' for card in GPUS)} |")
 
@@ -62,6 +73,10 @@ def main():
                 row(f"{name} {dtype}, a decoding step of {streams}, each {depth >> 10}K deep", lambda gpus, card: decode(name, dtype, streams, depth, gpus, card))
         row(f"{name}, prefill of {PROMPT} tokens", lambda gpus, card: prefill(name, gpus, card))
         row(f"{name}, an image of 1024x768", lambda gpus, card: vision(name, gpus, card))
+    print("\n| launches of a decoding step, one / two GPUs | 1 | 16 | 64 |\n|---|---|---|---|")
+    for name in MODELS:
+        for dtype in BYTES:
+            print(f"| {name} {dtype} | {' | '.join(' / '.join(str(launches(MODELS[name][0][1], dtype, rows, 4096, gpus)) for gpus in (1, 2)) for rows in (1, 16, 64))} |")
 
 
 if __name__ == "__main__":

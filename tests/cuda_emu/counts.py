@@ -18,6 +18,9 @@ def flops(kernel, grid):
         return 2 * 64 * 2560 * int(args.split(", ")[1])
     if name in ("gemm_mma", "gemm_exact"):
         return 2 * 64 * 128 * 512
+    if name in ("moe_gemv", "moe_mma", "moe_exact"):  # two rows of 4 experts, or 64 of 3; gate and up are 128 of 512, down 512 of 64
+        outputs = grid[0] * {"moe_gemv": 8, "moe_mma": 64, "moe_exact": 64}[name]
+        return 2 * (128 if grid[1] == 5 else 4) * outputs * (512 if outputs == 128 else 64)
     if (name, args) in (("flash", "4"), ("attend", "2")):
         return 4 * 2 * 64 * VISION
     if name in ("flash", "attend"):

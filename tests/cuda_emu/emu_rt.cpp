@@ -489,6 +489,11 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int)
     *out = reinterpret_cast<cudaStream_t>(s);
     return cudaSuccess;
 }
+cudaError_t cudaDeviceGetStreamPriorityRange(int *low, int *high) { /* priorities say who goes first, never who waits */
+    QVL_EMU_API;
+    *low = 0, *high = -5;
+    return cudaSuccess;
+}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags) { return cudaStreamCreateWithPriority(out, flags, 0); }
 cudaError_t cudaStreamCreate(cudaStream_t *out) { return cudaStreamCreateWithPriority(out, cudaStreamDefault, 0); }
 
@@ -710,6 +715,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t handle, unsig
     *out = nullptr;
     if (!known(graphs, handle) || flags) return result(cudaErrorInvalidValue);
     auto *x = new Exec{*reinterpret_cast<Graph *>(handle), {}, nullptr};
+    if (getenv("QVL_EMU_GRAPHS")) fprintf(stderr, "qvl-emu: a graph of %zu nodes\n", x->graph.nodes.size());
     for (int i = 0; i < x->graph.branches; i++) x->streams.push_back(new_stream(device_now, false));
     for (const Node &n : x->graph.nodes)
         if (n.work.device >= 0) x->streams[(size_t)n.branch]->device = n.work.device;

@@ -314,6 +314,7 @@ static void counts_body(qvl__device *d) {
     for (int t = 0; t < 4; t++) {
         for (int i = 0; i < 3 && apart > 0; i++) matmul_case(d, types[t], QVL__EPI_NONE, few[i], 64, 2560, false);
         matmul_case(d, types[t], QVL__EPI_NONE, 64, 128, 512, false);
+        moe_case(d, types[t], 2, 4, 2, 512, 64), moe_case(d, types[t], 64, 3, 2, 512, 64);
     }
     counted_text(d, QVL__BF16, 2), counted_text(d, QVL__I8, 1); /* told from one another by their grids */
     counted_vision(d);

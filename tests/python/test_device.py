@@ -178,6 +178,56 @@ def test_sampling(load):
 
 
 @gpu
+@pytest.mark.skipif(os.environ.get("QVL_TEST_GPUS", "1") != "1", reason="several GPUs have one stream each")
+def test_decoding_beside_a_picture(load):
+    """An answer goes on while the picture of another request is in the tower; both are what they are alone."""
+    model = load("qvl-tiny", dtype="f32")
+    colours = [{"role": "user", "content": "Name three colours."}]
+    text, ask = model.prompt(colours), model.prompt(ASK)
+    alone = [model.chat(m, temperature=0, max_tokens=n, ignore_eos=True).tokens for m, n in ((colours, 48), (ASK, 6))]
+    engine = qvl.Engine(model, max_context=512)
+    first = engine.submit(text, temperature=0, max_tokens=48, ignore_eos=True)
+    events, second = [], None
+    while engine.active:
+        found = engine.step(timeout=60)
+        assert not any(e.error for e in found)
+        events += [(e, engine.stats["images_encoded"]) for e in found]
+        if second is None and sum(e.type == "token" for e, _ in events) >= 2:
+            second = engine.submit(ask, temperature=0, max_tokens=6, ignore_eos=True)
+            submitted = len(events)
+    assert sum(e.type == "token" and e.request == first and not encoded for e, encoded in events[submitted:]) >= 3
+    assert [[e.token for e, _ in events if e.type == "token" and e.request == r] for r in (first, second)] == alone
+
+
+COUNT = """
+import sys
+import qvl
+from support import TINY
+dtype, gpus, rows, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+model = qvl.Model(TINY, device="cuda", dtype=dtype, tensor_parallel_size=gpus)
+engine = qvl.Engine(model, max_context=512, max_requests=rows, max_batched_tokens=rows * length, step_ms=0, prefix_cache=False)
+for _ in range(rows):
+    engine.submit([5] * length, temperature=0, max_tokens=4, ignore_eos=True)
+while engine.active:
+    assert not any(e.error for e in engine.step())
+print(model.info["text"]["layers"])
+"""
+
+
+@pytest.mark.skipif(not EMULATED, reason="QVL_CUDA_PLUGIN is not the emulator")
+@pytest.mark.parametrize("dtype,gpus,rows,length", [("auto", 1, 1, 8), ("auto", 1, 1, 200), ("auto", 1, 12, 8), ("int4", 1, 12, 8), ("auto", 2, 3, 8), ("int8", 2, 64, 8)])
+def test_launches(dtype, gpus, rows, length):
+    """A recorded step has as many kernels as docs/cuda.md counts (tests/cuda/bounds.py)."""
+    sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+    import bounds
+    env = {**os.environ, "QVL_EMU_GRAPHS": "1", "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "tests" / "python")])}
+    done = subprocess.run([sys.executable, "-c", COUNT, dtype, str(gpus), str(rows), str(length)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counted = {int(line.split()[4]) for line in done.stderr.splitlines() if "a graph of" in line}
+    assert counted == {bounds.launches(int(done.stdout), dtype.replace("auto", "bf16"), rows, length, gpus)}
+
+
+@gpu
 def test_too_much(load):
     """A context that the GPU has no room for is refused with the numbers."""
     with pytest.raises(qvl.Error, match="MiB"):
@@ -254,12 +304,16 @@ def test_parallel_refusals():
 
 
 LOSE = """
+import sys
 import qvl
 from support import TINY
-model = qvl.Model(TINY, device="cuda", dtype="f32", tensor_parallel_size=2)
+gpus, picture = int(sys.argv[1]), sys.argv[2]
+model = qvl.Model(TINY, device="cuda", dtype="f32", tensor_parallel_size=gpus)
 print("loaded")
 engine = qvl.Engine(model, max_context=256)
 engine.submit(model.prompt([{"role": "user", "content": "Name three colours."}]), temperature=0, max_tokens=64, ignore_eos=True)
+if picture:
+    engine.submit(model.prompt([{"role": "user", "content": [{"type": "image", "image": picture}]}]), temperature=0, max_tokens=64, ignore_eos=True)
 while engine.active:
     for event in engine.step():
         if event.error:
@@ -271,13 +325,25 @@ except qvl.Error as e:
 """
 
 
+def lose(lost, gpus, picture=""):
+    """What happens when a GPU fails in the middle of answers, as the first words of lines that all name it."""
+    env = {**os.environ, "QVL_EMU_LOST": lost, "QVL_EMU_DEVICES": str(gpus), "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "tests" / "python")])}
+    done = subprocess.run([sys.executable, "-c", LOSE, str(gpus), str(picture)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(f"on GPU {lost[0]}: " in line for line in lines[1:]), done.stdout
+    return [line.split()[0] for line in lines]
+
+
 @pytest.mark.skipif(not EMULATED, reason="QVL_CUDA_PLUGIN is not the emulator")
 @pytest.mark.parametrize("lost", ["0:480", "1:480", "0:777", "1:1000"])
 def test_parallel_lost(lost):
     """One of two GPUs fails in the middle of an answer: the other one does not wait for it for ever, and the error says which."""
-    env = {**os.environ, "QVL_EMU_LOST": lost, "QVL_EMU_DEVICES": "2", "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "tests" / "python")])}
-    done = subprocess.run([sys.executable, "-c", LOSE], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["loaded", "failed:", "refused:"], done.stdout
-    assert all(f"on GPU {lost[0]}: " in line for line in lines[1:]), done.stdout
+    assert lose(lost, 2) == ["loaded", "failed:", "refused:"]
+
+
+@pytest.mark.skipif(not EMULATED, reason="QVL_CUDA_PLUGIN is not the emulator")
+@pytest.mark.parametrize("lost", ["0:450", "0:600", "0:800"])
+def test_lost_beside_a_picture(lost):
+    """The GPU fails while a picture is encoded beside an answer: both requests are told."""
+    assert lose(lost, 1, SHAPES) == ["loaded", "failed:", "failed:", "refused:"]

@@ -57,7 +57,7 @@ struct cuda {
     void *comm;          /* sums.cu; NULL with one GPU */
     float *gather;       /* GATHER_BYTES, with several */
     std::atomic<bool> *broken; /* with several: one of them has failed, nobody may wait for it any more */
-    bool deterministic;
+    bool deterministic, first; /* first: of the devices over this GPU; its work goes before that of the one beside it */
     double memory;
     char isa[48], failure[256];
     int failed; /* QVL_E*, 0 while all is well */
@@ -124,7 +124,8 @@ static inline rows_of view(const cuda *c, const qvl__matrix *m) {
 static inline run heads_of(const cuda *c, int heads) { return cut_heads(heads, c->rank, c->ranks); }
 
 /* plugin.cu */
-int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host, int rank);
+/* first: false for a device beside another one over the same GPU. */
+int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host, int rank, bool first);
 void cuda_close(cuda *c);
 /* Waits for what was recorded into e, or with NULL for all of the stream. False after a failure, of another GPU too. */
 bool cuda_wait(cuda *c, cudaEvent_t e);

@@ -499,7 +499,7 @@ static int start(parallel *p, const qvl__device_options *o) {
     for (int i = 0; i < p->count; i++) {
         seat *s = &p->seats[i];
         s->all = p, s->rank = i;
-        int rc = cuda_open(&s->gpu, p->cpu, o, p->host, i);
+        int rc = cuda_open(&s->gpu, p->cpu, o, p->host, i, true);
         if (rc) return rc;
         s->gpu->broken = &p->broken;
         gpus[i] = s->gpu;
@@ -533,6 +533,8 @@ int parallel_open(qvl__device **out, qvl__device *cpu, const qvl__device_options
     *d = p->seats[0].gpu->device;
     d->close = close_parallel;
     d->sync = sync_all;
+    d->beside = NULL; /* a second set of communicators could wait for the first one's */
+    d->idle = NULL;
     d->room = room;
     d->replay = replay;
     d->recorded = recorded;

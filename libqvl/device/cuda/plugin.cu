@@ -109,6 +109,12 @@ static int sync_all(qvl__device *d) {
     return c->failed ? c->host->fail(c->failed, "%s", c->failure) : 0;
 }
 
+/* A stream that was polled to its end has no failure to report before get or sync looks. */
+static bool idle(qvl__device *d) {
+    entered c(d);
+    return cudaStreamQuery(c->stream) != cudaErrorNotReady;
+}
+
 static uint64_t room(qvl__device *d) {
     entered c(d);
     size_t free_bytes = 0, all = 0;
@@ -183,6 +189,11 @@ static void close_one(qvl__device *d) {
     cpu->close(cpu);
 }
 
+/* The CPU is the first one's. */
+static void close_beside(qvl__device *d) {
+    if (d) cuda_close(of(d));
+}
+
 /* What the GPU must be; a message when it is not. */
 static int look(cuda *c) {
     int count = 0;
@@ -210,7 +221,9 @@ static int look(cuda *c) {
 
 static int take(cuda *c) {
     cudaError_t e = cudaSetDevice(c->gpu);
-    if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
+    int low = 0, high = 0;
+    if (e == cudaSuccess) e = cudaDeviceGetStreamPriorityRange(&low, &high);
+    if (e == cudaSuccess) e = cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, c->first ? high : low);
     if (e == cudaSuccess) e = cudaMalloc((void **)&c->arena, ARENA_BYTES);
     if (e == cudaSuccess) e = cudaMalloc((void **)&c->lt_work, LT_BYTES);
     if (e == cudaSuccess && c->ranks > 1) e = cudaMalloc((void **)&c->gather, GATHER_BYTES);
@@ -222,7 +235,19 @@ static int take(cuda *c) {
     return s == CUBLAS_STATUS_SUCCESS ? 0 : c->host->fail(QVL_ENODEV, "cuBLASLt: %s", cublasLtGetStatusString(s));
 }
 
-int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host, int rank) {
+/* The same GPU once more: a stream, an arena and staging of its own. */
+static int beside(qvl__device *d, qvl__device **out) {
+    cuda *c = of(d), *other;
+    qvl__device_options o = {d->bf16_math, c->deterministic, c->memory, 1};
+    int rc = cuda_open(&other, c->cpu, &o, c->host, c->rank, false);
+    if (rc) return rc;
+    other->device.close = close_beside;
+    other->device.beside = NULL;
+    *out = &other->device;
+    return 0;
+}
+
+int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host, int rank, bool first) {
     *out = NULL;
     cuda *c = (cuda *)host->calloc(1, sizeof *c);
     if (!c) return QVL_ENOMEM;
@@ -230,6 +255,7 @@ int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const 
     c->cpu = cpu;
     c->memory = o->memory;
     c->gpu = c->rank = rank;
+    c->first = first;
     c->ranks = o->gpus > 1 ? o->gpus : 1;
     c->deterministic = o->deterministic;
     c->lock = new (std::nothrow) std::recursive_mutex;
@@ -247,6 +273,8 @@ int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const 
     d->slice_flops = 1e15; /* whole phases: a launch costs more than a look at the clock */
     d->close = close_one;
     d->sync = sync_all;
+    d->beside = beside;
+    d->idle = idle;
     d->room = room;
     d->replay = replay;
     d->recorded = recorded;
@@ -267,7 +295,7 @@ int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const 
 static int open_device(qvl__device **out, qvl__device *cpu, const qvl__device_options *o, const qvl__host *host) {
     if (o->gpus > 1) return parallel_open(out, cpu, o, host);
     cuda *c;
-    int rc = cuda_open(&c, cpu, o, host, 0);
+    int rc = cuda_open(&c, cpu, o, host, 0, true);
     *out = rc ? NULL : &c->device;
     return rc;
 }

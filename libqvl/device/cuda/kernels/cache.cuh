@@ -62,6 +62,26 @@ __device__ __forceinline__ float cache_at(const keys_of &c, const char *half, in
     return number_at(c.type, half, at);
 }
 
+/* Numbers i to i + 7 of place t; i and head_dim are multiples of 8, so that they begin on as many bytes. */
+__device__ __forceinline__ void cache_eight(const keys_of &c, const char *half, int t, int i, float x[8]) {
+    size_t at = (size_t)t * c.head_dim + i;
+    if (c.type == QVL__I8) {
+        uint2 q = *(const uint2 *)(half + at);
+        float by = scales_at(c, half)[t];
+        for (int j = 0; j < 8; j++) x[j] = (float)(int8_t)((j < 4 ? q.x : q.y) >> j % 4 * 8) * by;
+    } else if (c.type == QVL__F32) {
+        float4 low = ((const float4 *)half)[at / 4], high = ((const float4 *)half)[at / 4 + 1];
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    } else {
+        uint4 pairs = ((const uint4 *)half)[at / 8];
+        const uint32_t two[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+        for (int j = 0; j < 8; j++) {
+            uint16_t h = (uint16_t)(two[j / 2] >> j % 2 * 16);
+            x[j] = c.type == QVL__BF16 ? wide_bf16(h) : __half2float(__ushort_as_half(h));
+        }
+    }
+}
+
 /* Block (row, ·): CACHE_WARPS heads of q, k or v, a warp each; from one row of qkv to the next it is ld. */
 static __global__ void write_rows(float *qkv, size_t ld, int heads, const float *q_norm, const float *k_norm, float eps, const float *cos, const float *sin, keys_of c,
                            const int32_t *seq, const int32_t *pos) {

@@ -44,6 +44,13 @@ __device__ __forceinline__ void store_pair(const finish &f, int r, int c, float 
         f.y[(size_t)r * f.ld + i] = times_logistic(v0, v0) * v1;
         return;
     }
+    float *both = f.y + (size_t)r * f.ld + c;
+    if (c + 1 < f.n && (uintptr_t)both % 8 == 0) { /* at once: four lanes fill a sector */
+        float2 *to = (float2 *)both, y = f.kind == QVL__EPI_ADD ? *to : make_float2(0, 0);
+        if (f.bias) v0 += bias_of(f, c), v1 += bias_of(f, c + 1);
+        *to = f.kind == QVL__EPI_ADD ? make_float2(y.x + v0, y.y + v1) : make_float2(activate(f.kind, v0), activate(f.kind, v1));
+        return;
+    }
     float v[2] = {v0, v1};
     for (int i = 0; i < 2; i++) {
         if (c + i >= f.n) return;

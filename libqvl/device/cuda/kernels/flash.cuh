@@ -31,9 +31,9 @@ template <int DT> __device__ __forceinline__ void flash_bring(char *stage, const
         bool in = k0 + t < end && d < c.head_dim;
         if (c.type == QVL__BF16) qvl_cp_async16(to, half + (in ? ((size_t)t * c.head_dim + d) * 2 : 0), in);
         else {
-            uint32_t pair[4] = {};
-            for (int j = 0; in && j < 4; j++) pair[j] = pack_bf16(cache_at(c, half, t, d + 2 * j), cache_at(c, half, t, d + 2 * j + 1));
-            *(uint4 *)to = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+            float x[8] = {};
+            if (in) cache_eight(c, half, t, d, x);
+            *(uint4 *)to = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
         }
     }
 }
@@ -126,11 +126,12 @@ template <int DT> static __global__ void __launch_bounds__(FLASH_WARPS * 32) fla
         total += __shfl_xor_sync(0xffffffffu, total, 2);
         if (row[i] < 0) continue;
         float *to = a.out + row[i] * a.out_stride + column;
-        for (int d = 0; d < 2 * DT; d++)
-            for (int e = 0; e < 2; e++) {
-                int k = 8 * d + lane % 4 * 2 + e;
-                if (k < n) to[k] = acc[d][2 * i + e] / total;
-            }
+        for (int d = 0; d < 2 * DT; d++) { /* n is a multiple of 8: both or none; rows of any width begin anywhere */
+            int k = 8 * d + lane % 4 * 2;
+            float x = acc[d][2 * i] / total, y = acc[d][2 * i + 1] / total;
+            if (k < n && (uintptr_t)to % 8 == 0) *(float2 *)(to + k) = make_float2(x, y);
+            else if (k < n) to[k] = x, to[k + 1] = y;
+        }
     }
 }
 

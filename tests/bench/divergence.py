@@ -1,0 +1,81 @@
+"""What each type of weights costs in accuracy, llama.cpp's beside ours: KL divergence of the next token's distribution from that of
+the same program with float weights, over the same text of the same checkpoint, as one Markdown table.
+
+llama.cpp: llama-perplexity --kl-divergence against m-f32.gguf (convert_hf_to_gguf.py --outtype f32), which scores the second half of
+every chunk; qvl: the same tokens of the same chunks against dtype f32.
+
+    python3 tests/bench/divergence.py --llama BUILD/bin --gguf DIR --model CHECKPOINT --packed DIR [--text README.md] [--chunks 2]
+"""
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bindings" / "python"))
+import qvl  # noqa: E402
+
+CONTEXT = 512
+
+
+def theirs(a, kinds):
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        common = ["-f", a.text, "-c", CONTEXT, "--chunks", a.chunks, "-t", a.threads, "--kl-divergence-base", base]
+        perplexity(a, "f32", *common)
+        return {kind: float(re.search(r"Mean\s+KLD:\s+([-\d.]+)", perplexity(a, kind, *common, "--kl-divergence"))[1]) for kind in kinds}
+
+
+def perplexity(a, kind, *args):
+    p = subprocess.run([str(x) for x in (Path(a.llama) / "llama-perplexity", "-m", Path(a.gguf) / f"m-{kind}.gguf", *args)], capture_output=True, text=True)
+    if p.returncode:
+        sys.exit(f"llama-perplexity, {kind}: exit code {p.returncode}\n{p.stderr[-2000:]}")
+    return p.stdout + p.stderr
+
+
+def log_softmax(x):
+    x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def ours(a, kinds):
+    """A chunk's exact logits are 0.3 GB, so models come and go for each."""
+    found = {kind: [] for kind in kinds}
+    exact = qvl.Model(a.model, dtype="f32", threads=a.threads)
+    tokens = exact.encode_text(Path(a.text).read_text())
+    chunks = [tokens[i * CONTEXT:(i + 1) * CONTEXT] for i in range(a.chunks)]
+    if len(chunks[-1]) < CONTEXT:
+        sys.exit(f"{a.text} has {len(tokens)} tokens, {a.chunks * CONTEXT} are needed")
+    scored = slice(CONTEXT // 2, CONTEXT - 1)
+    want = [log_softmax(exact.logits(c)[scored]).astype(np.float32) for c in chunks]
+    del exact
+    for kind in kinds:
+        model = qvl.Model(Path(a.packed) / kind if (Path(a.packed) / kind).exists() else a.model, threads=a.threads, **({} if (Path(a.packed) / kind).exists() else {"dtype": kind}))
+        for c, p in zip(chunks, want):
+            found[kind].append((np.exp(p.astype(np.float64)) * (p - log_softmax(model.logits(c)[scored]))).sum(axis=-1).mean())
+        del model
+    return {kind: float(np.mean(x)) for kind, x in found.items()}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--llama", required=True, help="the folder with llama-perplexity")
+    p.add_argument("--gguf", required=True, help="m-{f32,f16,bf16,q8_0,q4_0,q4_k_m}.gguf")
+    p.add_argument("--model", required=True, help="the Hugging Face directory that they were made from")
+    p.add_argument("--packed", required=True, help="where the packed models int8, int4 are")
+    p.add_argument("--text", default=str(ROOT / "README.md"))
+    p.add_argument("--chunks", type=int, default=2, help=f"of {CONTEXT} tokens")
+    p.add_argument("--threads", type=int, default=2)
+    a = p.parse_args()
+    mine, other = ours(a, ["bf16", "int8", "int4"]), theirs(a, ["f16", "bf16", "q8_0", "q4_0", "q4_k_m"])
+    print("| type | qvl | llama.cpp |\n|---|---|---|")
+    for kind, rivals in (("bf16", ["f16", "bf16"]), ("int8", ["q8_0"]), ("int4", ["q4_0", "q4_k_m"])):
+        print(f"| {kind} | {mine[kind]:.3g} | {', '.join(f'{r.upper()} {other[r]:.3g}' for r in rivals)} |")
+
+
+if __name__ == "__main__":
+    main()
