@@ -100,6 +100,10 @@ qvl__tensor *qvl__safetensors_find(qvl__safetensors *s, const char *name);
 int qvl__numbers_type(const qvl__tensor *t, qvl__type *out);
 /* Rows [first, first + rows) of k numbers as floats. t has a type of the above. */
 void qvl__numbers(float *out, const qvl__tensor *t, size_t first, size_t rows, size_t k);
+/* Whether matrices of F8 (device.h) hold t exactly: FP8 whose scales are numbers of bf16, for whole groups. */
+bool qvl__numbers_keep_fp8(const qvl__tensor *t);
+/* The same rows as F8; t is as keep_fp8 asks. */
+void qvl__numbers_fp8(uint8_t *out, const qvl__tensor *t, size_t first, size_t rows, size_t k);
 
 /* ---- pack.c: weights as they lie in memory, in one file ---- */
 

@@ -48,6 +48,34 @@ static void widen(float *out, const qvl__tensor *t, size_t first, size_t n) {
     }
 }
 
+bool qvl__numbers_keep_fp8(const qvl__tensor *t) {
+    const qvl__tensor *s = t->scale;
+    if (!s || t->block[1] % QVL__GROUP) return false;
+    for (size_t i = 0, n = s->dtype[0] == 'B' ? 0 : (size_t)(s->shape[0] * s->shape[1]); i < n; i++) {
+        float scale;
+        uint32_t bits;
+        widen(&scale, s, i, 1);
+        memcpy(&bits, &scale, 4);
+        if (bits & 0xFFFF) return false;
+    }
+    return true;
+}
+
+void qvl__numbers_fp8(uint8_t *out, const qvl__tensor *t, size_t first, size_t rows, size_t k) {
+    size_t high = (size_t)t->block[0], wide = (size_t)t->block[1], across = (k + wide - 1) / wide;
+    for (size_t r = 0; r < rows; r++, out += qvl__row_bytes(QVL__F8, k)) {
+        memcpy(out, t->data + (first + r) * k, k);
+        for (size_t g = 0; g * QVL__GROUP < k; g++) {
+            float scale;
+            uint32_t bits;
+            widen(&scale, t->scale, (first + r) / high * across + g * QVL__GROUP / wide, 1);
+            memcpy(&bits, &scale, 4);
+            uint16_t half = (uint16_t)(bits >> 16);
+            memcpy(out + (k + 1) / 2 * 2 + 2 * g, &half, 2);
+        }
+    }
+}
+
 void qvl__numbers(float *out, const qvl__tensor *t, size_t first, size_t rows, size_t k) {
     if (!t->scale) {
         widen(out, t, first * k, rows * k);

@@ -6,7 +6,7 @@
  * Invariants: q, k, v share one matrix, gate and up another: one pass over the activations each;
  *             mapped pages are given back as soon as they are packed, so loading needs the weights once, not twice;
  *             a packed directory (pack.c) holds the matrices as the device wants them: they are mapped, not read;
- *             a stored type is kept when it holds the values exactly (dtype auto, f32; FP8 with scales: bf16 with auto, float
+ *             a stored type is kept when it holds the values exactly (dtype auto, f32; FP8 with scales: bf16 with auto where the device has no F8, float
  *             with f32), rounded only for bf16, int8 and int4:
  *             int8 takes every product but the router's, whose choices are worth more than its bytes; int4 the text layers,
  *             while the embedding, the head and the vision tower stay at int8.
@@ -126,13 +126,16 @@ static qvl__type forced(const loader *l) { return l->plan ? l->plan->types[l->w-
 
 /* The narrowest type that holds all of ts exactly, or bf16 when rounding was asked for. */
 static int common_type(loader *l, const source *ts, int n, qvl__type *out) {
+    bool fp8 = l->d->fp8 && !l->exact && !l->round_bf16;
     for (int i = 0; i < n; i++) {
         qvl__type t;
         if ((l->rc = qvl__numbers_type(ts[i].t, &t)) < 0) return l->rc;
+        fp8 = fp8 && qvl__numbers_keep_fp8(ts[i].t);
         if (ts[i].t->scale && !l->exact) t = QVL__BF16; /* as their authors compute with them where there is no FP8 arithmetic */
         *out = i == 0 || *out == t ? t : QVL__F32;
     }
     if (l->round_bf16) *out = QVL__BF16;
+    if (fp8) *out = QVL__F8;
     if (l->force) *out = forced(l);
     return 0;
 }
@@ -152,7 +155,8 @@ static void enlist(loader *l, qvl__matrix *m) {
 }
 
 typedef struct {
-    float *out;
+    void *out;
+    qvl__type type; /* F32 or F8 */
     const qvl__tensor *t;
     int first, count, tasks;
     size_t k;
@@ -162,18 +166,23 @@ static void widen_task(void *ctx, int task, int worker) {
     const widening *w = ctx;
     int from = (int)((int64_t)w->count * task / w->tasks), to = (int)((int64_t)w->count * (task + 1) / w->tasks);
     (void)worker;
-    qvl__numbers(w->out + (size_t)from * w->k, w->t, (size_t)(w->first + from), (size_t)(to - from), w->k);
+    uint8_t *out = (uint8_t *)w->out + (size_t)from * qvl__row_bytes(w->type, w->k);
+    size_t first = (size_t)(w->first + from), count = (size_t)(to - from);
+    if (w->type == QVL__F8) qvl__numbers_fp8(out, w->t, first, count, w->k);
+    else qvl__numbers((float *)(void *)out, w->t, first, count, w->k);
 }
 
-static void widen_rows(loader *l, float *out, const qvl__tensor *t, int first, int count, size_t k) {
-    widening w = {out, t, first, count, count < 64 ? count : 64, k};
+/* Rows of a tensor with scales. */
+static void widen_rows(loader *l, void *out, qvl__type type, const qvl__tensor *t, int first, int count, size_t k) {
+    widening w = {out, type, t, first, count, count < 64 ? count : 64, k};
     qvl__pool_run(l->d->pool, w.tasks, widen_task, &w);
 }
 
 static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
     qvl__type type;
     if (l->rc || (l->rc = qvl__numbers_type(t, &type)) < 0) return;
-    size_t k = (size_t)m->k, row = k * qvl__type_size(type), stored = t->bytes / (uint64_t)t->shape[0];
+    if (m->type == QVL__F8) type = QVL__F8;
+    size_t k = (size_t)m->k, row = qvl__row_bytes(type, k), stored = t->bytes / (uint64_t)t->shape[0];
     int rows = (int)t->shape[0], step = (int)(CHUNK / row / 16 * 16);
     if (step < 16) step = 16;
     for (int r = 0; r < rows && l->rc == 0; r += step) {
@@ -185,7 +194,7 @@ static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
                 l->rc = QVL_ENOMEM;
                 return;
             }
-            if (t->scale) widen_rows(l, copy, t, r, count, k);
+            if (t->scale) widen_rows(l, copy, type, t, r, count, k);
             else memcpy(copy, src, (size_t)count * row);
             l->d->matrix_put(l->d, m, first + r, count, type, copy);
             qvl__free(copy);
@@ -271,7 +280,7 @@ static void matrix(loader *l, qvl__matrix *m, const char *part, qvl__role role, 
     }
     if (common_type(l, ts, n, &type) < 0) return;
     if ((l->rc = l->d->matrix_new(l->d, m, type, outputs, k, role)) < 0) return;
-    if (!l->force) l->w->type = type;
+    if (!l->force && l->w->type != QVL__F8) l->w->type = type; /* FP8 checkpoints keep their embedding and vision tower in bf16 */
     for (int i = 0, first = 0; i < n; first += (int)ts[i].rows, i++) pack(l, m, first, ts[i].t);
     double error = l->to && l->rc == 0 ? error_of(l, m, ts) : 0;
     for (int i = 0; l->to && i < n; i++) { /* which has brought pages back */

@@ -14,14 +14,15 @@
 
 #include "plugin.h"
 
-static const char *const names[] = {[QVL__F32] = "f32", [QVL__BF16] = "bf16", [QVL__F16] = "f16", [QVL__I8] = "int8", [QVL__Q8] = "int8", [QVL__Q4] = "int4"};
+static const char *const names[] = {[QVL__F32] = "f32", [QVL__BF16] = "bf16", [QVL__F16] = "f16", [QVL__I8] = "int8", [QVL__Q8] = "int8", [QVL__Q4] = "int4", [QVL__F8] = "fp8"};
 
 const char *qvl__type_name(qvl__type t) { return names[t]; }
 
 bool qvl__kv_type_of(const char *name, qvl__type *out) {
-    for (size_t i = 0; i <= QVL__I8; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *out = (qvl__type)i;
+    static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__F16, QVL__I8, QVL__F8};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
+        if (strcmp(name, names[types[i]]) == 0) {
+            *out = types[i];
             return true;
         }
     return false;

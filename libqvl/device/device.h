@@ -15,12 +15,20 @@
 
 /* I8 is a type of cached keys and values only: 8-bit integers with one float scale per token and KV head.
  * Q8 and Q4 are types of matrices only: 8-bit and 4-bit integers with one scale for QVL__GROUP inputs of an output
- * feature; their products round activations to 8 bits, a scale for each group of a row. */
-typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2, QVL__I8 = 3, QVL__Q8 = 4, QVL__Q4 = 5 } qvl__type;
+ * feature; their products round activations to 8 bits on the CPU, a scale for each group of a row.
+ * F8 is E4M3 (Micikevicius et al. 2022), for devices with fp8: cached keys and values as they are, up to 448; matrices with a
+ * scale for each group, as they are stored in FP8 checkpoints. */
+typedef enum { QVL__F32 = 0, QVL__BF16 = 1, QVL__F16 = 2, QVL__I8 = 3, QVL__Q8 = 4, QVL__Q4 = 5, QVL__F8 = 6 } qvl__type;
 #define QVL__GROUP 32
 static inline bool qvl__type_quantised(qvl__type t) { return t == QVL__Q8 || t == QVL__Q4; }
+/* Matrices of this type have a scale for each group. */
+static inline bool qvl__type_scaled(qvl__type t) { return qvl__type_quantised(t) || t == QVL__F8; }
 /* Bytes of one number; not of Q8 and Q4. */
-static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : t == QVL__I8 ? 1 : 2; }
+static inline size_t qvl__type_size(qvl__type t) { return t == QVL__F32 ? 4 : t == QVL__I8 || t == QVL__F8 ? 1 : 2; }
+/* Bytes of a row of k numbers as matrix_put takes them; F8: the numbers, a byte where k is odd, scales in bf16. */
+static inline size_t qvl__row_bytes(qvl__type t, size_t k) {
+    return t == QVL__F8 ? (k + 1) / 2 * 2 + (k + QVL__GROUP - 1) / QVL__GROUP * 2 : k * qvl__type_size(t);
+}
 
 /* Name of a type in options and JSON; and back, false for none of them. */
 const char *qvl__type_name(qvl__type t);
@@ -106,6 +114,7 @@ struct qvl__device {
     const char *isa;  /* "generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16" */
     qvl__pool *pool;  /* borrowed */
     bool bf16_math;   /* products of matmul round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16, or a GPU) */
+    bool fp8;         /* takes F8: matrices and caches */
     bool host_memory; /* what alloc gives may be read and written by the host */
     double slice_flops; /* how much work of the vision tower is worth a look at the clock */
     void *impl;       /* the device's own state (CPU: kernel table and per-thread scratch) */
@@ -135,7 +144,7 @@ struct qvl__device {
     void (*get)(qvl__device *d, void *host, const void *src, size_t size);
 
     /* Weights. put packs count rows [count][k] of type src_type, which become output features first, first + 1, ...;
-     * converting to the matrix's type (round to nearest even; Q8 and Q4: the scale with the least squared error). For gate_up, features 0..n/2-1 are gate, the rest up.
+     * converting to the matrix's type (round to nearest even; Q8 and Q4: the scale with the least squared error; to F8: from F8 only, and back never). For gate_up, features 0..n/2-1 are gate, the rest up.
      * A Q8 or Q4 matrix is put whole before the next one is begun. */
     int (*matrix_new)(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int k, qvl__role role);
     void (*matrix_put)(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src);

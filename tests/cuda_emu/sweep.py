@@ -148,7 +148,7 @@ class Kind:
                 sys.exit(f"{test}, {self.name}: {how} without any mutant")
             self.past[key] = time.monotonic() - start
             self.lab.make(m.file, m.text)
-        return 30 + 10 * self.past[key]
+        return 20 + 2.5 * self.past[key]
 
     def caught(self, m):
         if not self.lab.make(m.file, m.text):

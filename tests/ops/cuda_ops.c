@@ -7,6 +7,7 @@
  *             every batch. fast: rounding to bf16, different kernels for few and many rows.
  */
 #pragma GCC diagnostic ignored "-Wunused-function" /* some cases are the CPU's own */
+#define WITH_FP8
 #include "../../libqvl/sample/sample.h"
 #include "ops_cases.h"
 #include "shim.h"
@@ -27,7 +28,7 @@ static void map_body(qvl__device *d) {
     assert_int_equal(qvl__cpu_open(&cpu, d->pool, false), 0);
     enum { N = 70, K = 131 };
     for (int t = 0; t < N_MATRIX_TYPES; t++)
-        for (int gate_up = 0; gate_up < 2; gate_up++) {
+        for (int gate_up = 0; gate_up < 2 && matrix_types[t] != QVL__F8; gate_up++) {
             float *w = random_floats(N * K, 3.0f), here[N * K], there_[N * K];
             qvl__matrix a, b;
             assert_int_equal(cpu->matrix_new(cpu, &a, matrix_types[t], N, K, (qvl__role){.gate_up = gate_up}), 0);
@@ -94,9 +95,13 @@ static void *brought(qvl__device *d, const void *host, size_t size) {
 }
 static qvl__matrix divided(qvl__device *d, qvl__type type, int n, int k, qvl__role role, const float *w) {
     qvl__matrix m;
+    float *as = floats((size_t)(n * k)); /* the CPU has no F8, but its numbers */
+    if (type == QVL__F8) free(fp8_rows(w, n, k, as));
+    if (type == QVL__F8 && !d->fp8) w = as, type = QVL__F32;
     if (d->matrix_new(d, &m, type, n, k, role)) fail_msg("%s", qvl_last_error());
-    d->matrix_put(d, &m, 0, n / 3, QVL__F32, w); /* not all at once, and not where parts begin */
-    d->matrix_put(d, &m, n / 3, n - n / 3, QVL__F32, w + (size_t)(n / 3) * (size_t)k);
+    put_floats(d, &m, 0, n / 3, w); /* not all at once, and not where parts begin */
+    put_floats(d, &m, n / 3, n - n / 3, w + (size_t)(n / 3) * (size_t)k);
+    free(as);
     return m;
 }
 
@@ -309,14 +314,14 @@ static void counted_vision(qvl__device *d) {
     free(scratch), free(angles), free(qkv);
 }
 static void counts_body(qvl__device *d) {
-    static const qvl__type types[] = {QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4};
+    static const qvl__type types[] = {QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4, QVL__F8};
     static const int few[] = {1, 4, 8};
-    for (int t = 0; t < 4; t++) {
+    for (int t = 0; t < 5; t++) {
         for (int i = 0; i < 3 && apart > 0; i++) matmul_case(d, types[t], QVL__EPI_NONE, few[i], 64, 2560, false);
         matmul_case(d, types[t], QVL__EPI_NONE, 64, 128, 512, false);
         moe_case(d, types[t], 2, 4, 2, 512, 64), moe_case(d, types[t], 64, 3, 2, 512, 64);
     }
-    counted_text(d, QVL__BF16, 2), counted_text(d, QVL__I8, 1); /* told from one another by their grids */
+    counted_text(d, QVL__BF16, 2), counted_text(d, QVL__I8, 1), counted_text(d, QVL__F8, 3); /* told from one another by their grids */
     counted_vision(d);
     float *x = random_floats(4 * 2560, 1), *w = random_floats(2560, 1), *y = floats(4 * 2560);
     d->rms_norm(d, y, x, w, 4, 2560, 1e-6f), d->layer_norm(d, y, x, w, w, 4, 2560, 1e-6f);

@@ -72,6 +72,7 @@ static double to_grid(double x, int bits, int min_exp, double max) {
 static float rounded(float x, qvl__type t) {
     if (t == QVL__BF16) return (float)to_grid(x, 7, -126, 0x1.fep127);
     if (t == QVL__F16) return (float)to_grid(x, 10, -14, 65504);
+    if (t == QVL__F8) return fabsf(x) > 448 ? copysignf(448, x) : (float)to_grid(x, 3, -6, 448);
     return x;
 }
 /* n numbers that type t represents, as the bytes of a checkpoint. */
@@ -132,10 +133,44 @@ static qvl__device *reopen(const qvl__device *d, int threads, qvl__pool **pool) 
     abort();
 }
 
+/* A scale for each group, so that its largest number becomes 448: rows as matrix_put takes F8, and with `as` the numbers that they hold. */
+static uint8_t *fp8_rows(const float *w, int n, int k, float *as) {
+    size_t row = qvl__row_bytes(QVL__F8, (size_t)k);
+    uint8_t *out = must(calloc((size_t)n, row));
+    for (int i = 0; i < n * k; i++) {
+        int r = i / k, g = i % k / QVL__GROUP * QVL__GROUP;
+        float max = 0;
+        for (int j = g; j < k && j < g + QVL__GROUP; j++) max = fabsf(w[r * k + j]) > max ? fabsf(w[r * k + j]) : max;
+        float scale = rounded(max > 0 ? max / 448 : 1, QVL__BF16), x = rounded(w[i] / scale, QVL__F8);
+        uint32_t bits;
+        memcpy(&bits, &scale, 4);
+        uint16_t half = (uint16_t)(bits >> 16);
+        uint8_t *to = out + (size_t)r * row;
+        memcpy(to + (k + 1) / 2 * 2 + g / QVL__GROUP * 2, &half, 2);
+        int e;
+        frexpf(fabsf(x), &e);
+        to[i % k] = (uint8_t)(isnan(x) ? 0x7F : x == 0 || e - 1 < -6 ? (int)ldexpf(fabsf(x), 9) : (e - 1 + 7) << 3 | ((int)ldexpf(fabsf(x), 3 - (e - 1)) & 7));
+        if (signbit(x)) to[i % k] |= 0x80;
+        if (as) as[i] = x * scale;
+    }
+    return out;
+}
+
+/* Rows of floats, rounded for a type that has no way from them. */
+static void put_floats(qvl__device *d, qvl__matrix *m, int first, int count, const float *w) {
+    if (m->type != QVL__F8) {
+        d->matrix_put(d, m, first, count, QVL__F32, w);
+        return;
+    }
+    uint8_t *rows = fp8_rows(w, count, m->k, NULL);
+    d->matrix_put(d, m, first, count, QVL__F8, rows);
+    free(rows);
+}
+
 static qvl__matrix new_matrix(qvl__device *d, qvl__type type, int n, int k, bool gate_up, const float *w) {
     qvl__matrix m;
     assert_int_equal(d->matrix_new(d, &m, type, n, k, (qvl__role){.gate_up = gate_up}), 0);
-    d->matrix_put(d, &m, 0, n, QVL__F32, w);
+    put_floats(d, &m, 0, n, w);
     return m;
 }
 
@@ -201,11 +236,23 @@ static double reference_finish(qvl__epilogue e, double v, double y, double up) {
 }
 
 /* Types of matrices. */
-static const qvl__type matrix_types[] = {QVL__F32, QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4};
-enum { N_MATRIX_TYPES = 5 };
+static const qvl__type matrix_types[] = {
+    QVL__F32, QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4,
+#ifdef WITH_FP8
+    QVL__F8,
+#endif
+};
+enum { N_MATRIX_TYPES = sizeof matrix_types / sizeof *matrix_types };
 
 /* The numbers that a matrix of such a type holds for w[n][k]. */
 static void as_stored(qvl__device *d, qvl__type type, float *w, int n, int k) {
+    if (type == QVL__F8) {
+        float *as = floats((size_t)(n * k));
+        free(fp8_rows(w, n, k, as));
+        memcpy(w, as, (size_t)(n * k) * sizeof *w);
+        free(as);
+        return;
+    }
     if (!qvl__type_quantised(type)) {
         for (int i = 0; i < n * k; i++) w[i] = rounded(w[i], type);
         return;
@@ -243,7 +290,7 @@ static void matmul_case(qvl__device *d, qvl__type type, qvl__epilogue e, int row
     d->matmul(d, y, x, rows, &m, with_bias ? bias : NULL, e);
     assert_true(y[(size_t)rows * n_out] == 12345.0f);
     /* Integer matrices: the CPU rounds activations to integers, a GPU to bf16 like all others but F32. */
-    bool dot = d->bf16_math && (type == QVL__BF16 || (!d->host_memory && qvl__type_quantised(type)));
+    bool dot = d->bf16_math && (type == QVL__BF16 || (!d->host_memory && qvl__type_scaled(type)));
     /* F16 matrices: to f16, but not at all in deterministic mode. Either is allowed. */
     double inputs = d->bf16_math && !d->host_memory && type == QVL__F16 ? 0x1p-11 : 0;
     as_stored(d, type, w, n, k);
@@ -718,7 +765,7 @@ static void reference_text(const qvl__device *d, const text_case *t, qvl__type t
         }
     }
     /* what the type costs: rms of what is lost of V, relative */
-    static const double lost[] = {[QVL__F32] = 0, [QVL__BF16] = 2.5e-3, [QVL__F16] = 4e-4, [QVL__I8] = 8e-3};
+    static const double lost[] = {[QVL__F32] = 0, [QVL__BF16] = 2.5e-3, [QVL__F16] = 4e-4, [QVL__I8] = 8e-3, [QVL__F8] = 3.5e-2};
     if (sqrt(error / size) > lost[type]) fail_msg("%s: a cache of type %s loses %.2g of its values", isa, qvl__type_name(type), sqrt(error / size));
     free(kv);
     free(p);
@@ -733,7 +780,8 @@ static void paged_body(qvl__device *d) {
     qvl__pool *pool1, *pool3;
     qvl__device *d1 = reopen(d, 1, &pool1), *d3 = reopen(d, 3, &pool3);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
-        for (int type = QVL__F32; type <= QVL__I8; type++) {
+        for (int type = QVL__F32; type <= (d->fp8 ? QVL__F8 : QVL__I8); type++) {
+            if (qvl__type_quantised((qvl__type)type)) continue;
             text_case t = new_text(cases[c].heads, cases[c].kv_heads, cases[c].n, cases[c].lengths);
             size_t q_size = (size_t)t.rows * (size_t)((t.heads + 2 * t.kv_heads) * t.n),
                 o_size = (size_t)t.rows * (size_t)(t.heads * t.n);

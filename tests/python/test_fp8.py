@@ -94,8 +94,31 @@ def test_same_numbers(made, dtype, same):
     """auto and bf16 round the numbers to bf16, f32 keeps them, integers are made from what they are."""
     a, model = logits(made / "fp8", dtype)
     b, _ = logits(made / same, dtype)
+    if dtype == "auto" and model.info["device"] == "cuda":  # the GPU keeps FP8: the product of number and scale is not rounded
+        b, _ = logits(made / "f32", "f32")
+        assert np.sqrt(np.mean((a - b) ** 2)) / b.std() <= 0.03
+        assert "fp8" in model.info["dtype"]
+        return
     assert np.array_equal(a, b)
     assert model.info["dtype"] == {"auto": "bf16"}.get(dtype, model.info["dtype"])
+
+
+@pytest.mark.skipif(DEVICE.get("device") != "cuda", reason="only a GPU has FP8")
+def test_memory(made):
+    """On a GPU the matrices that are stored as FP8 stay so: a byte and a sixteenth for each number."""
+    sizes = {kind: logits(made / "fp8", kind)[1].info["weight_bytes"] for kind in ("auto", "bf16")}
+    assert 0.5 * sizes["bf16"] < sizes["auto"] < 0.9 * sizes["bf16"]
+
+
+def test_kv(made):
+    """A cache of FP8 is the GPU's; elsewhere it is refused with the way out."""
+    model = qvl.Model(made / "bf16", **DEVICE)
+    ask = [{"role": "user", "content": "Name three colours."}]
+    if DEVICE.get("device") == "cuda":
+        assert len(model.chat(ask, max_tokens=4, temperature=0, ignore_eos=True, kv_dtype="fp8").tokens) == 4
+        return
+    with pytest.raises(qvl.Error, match="kv_dtype fp8 needs a GPU; int8"):
+        model.chat(ask, max_tokens=4, kv_dtype="fp8")
 
 
 def test_packed(made, tmp_path):

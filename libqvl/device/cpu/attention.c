@@ -37,6 +37,7 @@ int qvl__cpu_kv_block_bytes(qvl__device *d, qvl__type type, int layers, int kv_h
         return qvl__fail(QVL_EINVAL, "a KV cache cannot have %d layers and %d heads of %d", layers, kv_heads, head_dim);
     if (head_dim % 2 || head_dim > QVL__ATTN_MAX_DIM)
         return qvl__fail(QVL_EUNSUPPORTED, "head_dim is %d: it must be even and at most %d", head_dim, QVL__ATTN_MAX_DIM);
+    if (type == QVL__F8) return qvl__fail(QVL_EUNSUPPORTED, "kv_dtype fp8 needs a GPU; int8 takes as little memory and keeps more");
     size_t block = 2 * half_bytes(type, padded(head_dim)); /* at most 2^17 */
     if ((size_t)layers > SIZE_MAX / block / (size_t)kv_heads)
         return qvl__fail(QVL_ENOMEM, "a KV block of %d layers does not fit the address space", layers);

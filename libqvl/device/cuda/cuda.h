@@ -111,7 +111,7 @@ template <typename K> static void allow_shared(cuda *c, K kernel, size_t bytes) 
 /* Bytes of a matrix's rows, rounded up so that scales behind them begin on 16 bytes. */
 static inline size_t rows_bytes(qvl__type type, int n, int k) {
     size_t numbers = (size_t)n * (size_t)padded(k);
-    size_t bytes = type == QVL__F32 ? 4 * numbers : type == QVL__Q8 ? numbers : type == QVL__Q4 ? numbers / 2 : 2 * numbers;
+    size_t bytes = type == QVL__F32 ? 4 * numbers : type == QVL__Q8 || type == QVL__F8 ? numbers : type == QVL__Q4 ? numbers / 2 : 2 * numbers;
     return (bytes + 15) / 16 * 16;
 }
 /* This GPU's part of a matrix. */

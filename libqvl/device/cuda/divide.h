@@ -74,7 +74,7 @@ static inline bool divisible(qvl__type type, int n, int k, const qvl__role *r, i
     for (int i = 0; i < ranks; i++) {
         part p = part_of(n, k, r, i, ranks);
         if (p.n < 1 || p.k < 1) return false;
-        if (qvl__type_quantised(type) && p.in.from % QVL__GROUP) return false;
+        if (qvl__type_scaled(type) && p.in.from % QVL__GROUP) return false;
     }
     return true;
 }

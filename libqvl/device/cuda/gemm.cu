@@ -99,6 +99,7 @@ static void few_rows(cuda *c, const finish &f, const uint16_t *x, int rows, cons
     if (w.type == QVL__F16) run_gemv<QVL__F16>(c, f, x, rows, w);
     if (w.type == QVL__Q8) run_gemv<QVL__Q8>(c, f, x, rows, w);
     if (w.type == QVL__Q4) run_gemv<QVL__Q4>(c, f, x, rows, w);
+    if (w.type == QVL__F8) run_gemv<QVL__F8>(c, f, x, rows, w);
 }
 
 template <int TYPE> static void run_mma(cuda *c, const finish &f, const uint16_t *x, int rows, const rows_of &w) {
@@ -112,6 +113,7 @@ static void tensor_cores(cuda *c, const finish &f, const uint16_t *x, int rows, 
     if (w.type == QVL__BF16) run_mma<QVL__BF16>(c, f, x, rows, w);
     if (w.type == QVL__Q8) run_mma<QVL__Q8>(c, f, x, rows, w);
     if (w.type == QVL__Q4) run_mma<QVL__Q4>(c, f, x, rows, w);
+    if (w.type == QVL__F8) run_mma<QVL__F8>(c, f, x, rows, w);
 }
 
 static void exact(cuda *c, const finish &f, const float *x, size_t ldx, int rows, const rows_of &w) {
@@ -139,7 +141,7 @@ static void product(cuda *c, const finish &f, const float *x, size_t ldx, int ro
         exact(c, f, x, ldx, rows, w);
         return;
     }
-    bool few = rows <= GEMV_ROWS && !c->deterministic, own = few || c->deterministic || qvl__type_quantised((qvl__type)w.type);
+    bool few = rows <= GEMV_ROWS && !c->deterministic, own = few || c->deterministic || qvl__type_scaled((qvl__type)w.type);
     size_t rounded = ((size_t)w.kp * 2 + 255) / 256 * 256, sums = own ? 0 : (size_t)w.n * sizeof(float);
     int most = (int)(ARENA_BYTES / (rounded + sums));
     for (int r = 0; r < rows; r += most) {

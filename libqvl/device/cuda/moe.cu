@@ -109,11 +109,13 @@ static void products(cuda *c, unsigned types, const groups &g, const finish &f, 
         if (types & 1u << QVL__BF16) run_mma<QVL__BF16>(c, g, f, x, w, n);
         if (types & 1u << QVL__Q8) run_mma<QVL__Q8>(c, g, f, x, w, n);
         if (types & 1u << QVL__Q4) run_mma<QVL__Q4>(c, g, f, x, w, n);
+        if (types & 1u << QVL__F8) run_mma<QVL__F8>(c, g, f, x, w, n);
     } else {
         if (types & 1u << QVL__BF16) run_gemv<QVL__BF16>(c, g, f, x, w, n);
         if (types & 1u << QVL__F16) run_gemv<QVL__F16>(c, g, f, x, w, n);
         if (types & 1u << QVL__Q8) run_gemv<QVL__Q8>(c, g, f, x, w, n);
         if (types & 1u << QVL__Q4) run_gemv<QVL__Q4>(c, g, f, x, w, n);
+        if (types & 1u << QVL__F8) run_gemv<QVL__F8>(c, g, f, x, w, n);
     }
 }
 

@@ -13,9 +13,11 @@
 
 #ifdef QVL_CUDA_EMU
 #include "cuda_emu.h"
+#include <cuda_fp8.h>
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #define QVL_LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<(grid), (block), (smem), (stream)>>>(__VA_ARGS__)
@@ -58,6 +60,27 @@ __device__ __forceinline__ uint32_t pack_bf16(float a, float b) {
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float wide_bf16(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
+/* E4M3. Before sm_89 by its exponent and mantissa as a float's, 120 powers of two too small. */
+__device__ __forceinline__ float wide_e4m3(uint8_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    return __half2float(__ushort_as_half(__nv_cvt_fp8_to_halfraw(b, __NV_E4M3).x));
+#else
+    uint32_t size = b & 0x7fu, sign = (uint32_t)(b & 0x80u) << 24;
+    float x = size == 0x7f ? __uint_as_float(0x7fc00000u) : __uint_as_float(size << 20) * 0x1p120f;
+    return __uint_as_float(__float_as_uint(x) | sign);
+#endif
+}
+/* Two neighbours. */
+__device__ __forceinline__ float2 wide_e4m3x2(uint16_t two) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3);
+    return make_float2(__half2float(__ushort_as_half(h.x)), __half2float(__ushort_as_half(h.y)));
+#else
+    return make_float2(wide_e4m3((uint8_t)two), wide_e4m3((uint8_t)(two >> 8)));
+#endif
+}
+/* Rounded to nearest even; what is larger becomes 448. */
+__device__ __forceinline__ uint8_t round_e4m3(float x) { return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3); }
 /* x as a bf16 has it. */
 __device__ __forceinline__ float round_bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 

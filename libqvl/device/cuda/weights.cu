@@ -17,12 +17,12 @@ static int matrix_new(qvl__device *d, qvl__matrix *m, qvl__type type, int n, int
     memset(m, 0, sizeof *m);
     if (n <= 0 || k <= 0 || (role.gate_up && n % 2)) return c->host->fail(QVL_EINVAL, "a weight cannot have %d outputs and %d inputs", n, k);
     if (k > 1 << 20) return c->host->fail(QVL_EUNSUPPORTED, "a weight of %d inputs: at most %d are supported", k, 1 << 20);
-    bool integers = qvl__type_quantised(type);
+    bool scaled = qvl__type_scaled(type);
     if (!divisible(type, n, k, &role, c->ranks) || (role.division == QVL__TABLE && c->ranks > 1 && cuda_gather_rows(c, cut_table(n, 0, c->ranks).count) < 1))
         return c->host->fail(QVL_EUNSUPPORTED, "a weight of %d outputs and %d inputs cannot be divided among %d GPUs%s: choose another tensor_parallel_size", n, k, c->ranks,
-                             integers ? " in groups of 32" : "");
+                             scaled ? " in groups of 32" : "");
     part p = part_of(n, k, &role, c->rank, c->ranks);
-    size_t bytes = rows_bytes(type, p.n, p.k) + (integers ? (size_t)p.n * (size_t)(padded(p.k) / 32) * 2 : 0);
+    size_t bytes = rows_bytes(type, p.n, p.k) + (scaled ? (size_t)p.n * (size_t)(padded(p.k) / 32) * 2 : 0);
     void *data = cuda_alloc(d, bytes);
     if (!data) return QVL_ENOMEM;
     m->type = type, m->n = n, m->k = k, m->role = role, m->bytes = bytes, m->data = data;
@@ -71,12 +71,13 @@ static void put_part(cuda *c, const qvl__matrix *m, const part &p, int first, in
         round(c, m, p, first, count, src_type, src);
         return;
     }
-    size_t row = (size_t)p.k * qvl__type_size(src_type);
+    size_t row = qvl__row_bytes(src_type, (size_t)p.k);
     int most = (int)(ARENA_BYTES / row);
     for (int r = 0; r < count; r += most) {
         int some = count - r < most ? count - r : most;
         cuda_put(&c->device, c->arena, (const char *)src + (size_t)r * row, (size_t)some * row);
-        LAUNCH(c, put_rows, dim3(some), dim3(256), 0, view(c, m), m->role.gate_up, first + r, src_type, (const void *)c->arena);
+        if (m->type == QVL__F8) LAUNCH(c, put_fp8_rows, dim3(some), dim3(256), 0, view(c, m), m->role.gate_up, first + r, (const uint8_t *)c->arena);
+        else LAUNCH(c, put_rows, dim3(some), dim3(256), 0, view(c, m), m->role.gate_up, first + r, src_type, (const void *)c->arena);
     }
 }
 
@@ -86,13 +87,18 @@ static void put_inputs(cuda *c, const qvl__matrix *m, const part &p, int first, 
         put_part(c, m, p, first, count, src_type, src);
         return;
     }
-    size_t size = qvl__type_size(src_type), row = (size_t)m->k * size, some = (size_t)p.k * size;
+    size_t size = qvl__type_size(src_type), row = qvl__row_bytes(src_type, (size_t)m->k), some = qvl__row_bytes(src_type, (size_t)p.k);
     int most = (int)(STAGE_BYTES / some) + 1;
     char *cut = (char *)c->host->calloc((size_t)(most < count ? most : count), some);
     if (!cut) cuda_failed(c, QVL_ENOMEM, "dividing a weight", "out of host memory");
     for (int r = 0, n; cut && r < count; r += n) {
         n = count - r < most ? count - r : most;
-        for (int i = 0; i < n; i++) memcpy(cut + (size_t)i * some, src + (size_t)(r + i) * row + (size_t)p.in.from * size, some);
+        for (int i = 0; i < n; i++) {
+            const char *from = src + (size_t)(r + i) * row;
+            char *to = cut + (size_t)i * some;
+            memcpy(to, from + (size_t)p.in.from * size, (size_t)p.k * size);
+            if (src_type == QVL__F8) memcpy(to + div_up(p.k, 2) * 2, from + div_up(m->k, 2) * 2 + p.in.from / 32 * 2, (size_t)div_up(p.k, 32) * 2);
+        }
         put_part(c, m, p, first + r, n, src_type, cut);
     }
     c->host->free(cut);
@@ -101,7 +107,7 @@ static void put_inputs(cuda *c, const qvl__matrix *m, const part &p, int first, 
 static void matrix_put(qvl__device *d, qvl__matrix *m, int first, int count, qvl__type src_type, const void *src) {
     entered c(d);
     part p = part_of(c, m);
-    size_t row = (size_t)m->k * qvl__type_size(src_type);
+    size_t row = qvl__row_bytes(src_type, (size_t)m->k);
     for (int i = 0, to = 0; i < p.outs * (m->role.gate_up ? 2 : 1); i++) {
         run r = p.out[i % p.outs];
         if (i >= p.outs) r.from += m->n / 2; /* the up half */

@@ -69,6 +69,13 @@ __device__ __forceinline__ void cache_eight(const keys_of &c, const char *half, 
         uint2 q = *(const uint2 *)(half + at);
         float by = scales_at(c, half)[t];
         for (int j = 0; j < 8; j++) x[j] = (float)(int8_t)((j < 4 ? q.x : q.y) >> j % 4 * 8) * by;
+    } else if (c.type == QVL__F8) {
+        uint2 q = *(const uint2 *)(half + at);
+        const uint32_t four[2] = {q.x, q.y};
+        for (int j = 0; j < 8; j += 2) {
+            float2 two = wide_e4m3x2((uint16_t)(four[j / 4] >> j % 4 * 8));
+            x[j] = two.x, x[j + 1] = two.y;
+        }
     } else if (c.type == QVL__F32) {
         float4 low = ((const float4 *)half)[at / 4], high = ((const float4 *)half)[at / 4 + 1];
         x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
@@ -93,6 +100,7 @@ static __global__ void write_rows(float *qkv, size_t ld, int heads, const float 
         float sum = 0;
         for (int i = lane; i < n; i += 32) sum = fmaf(x[i], x[i], sum);
         float inv = 1.0f / sqrtf(warp_sum(sum) / (float)n + eps);
+        __syncwarp(); /* all have read what others write now */
         for (int i = lane; i < half; i += 32) {
             float a = x[i] * inv * w[i], b = x[i + half] * inv * w[i + half], cs = cos[(size_t)r * half + i], sn = sin[(size_t)r * half + i];
             x[i] = a * cs - b * sn;

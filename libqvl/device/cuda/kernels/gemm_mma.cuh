@@ -1,10 +1,10 @@
 /* gemm_mma.cuh - products of many rows on the tensor cores, for the weights that libraries have no product for.
  *
- * Job:        y = epilogue(x W^T + bias) for BF16 (deterministic mode), Q8 and Q4 matrices.
+ * Job:        y = epilogue(x W^T + bias) for BF16 (deterministic mode), Q8, Q4 and F8 matrices.
  * Input:      x rounded to bf16, [rows][kp].
  * Output:     float rows.
  * Invariants: a block has MMA_M rows and MMA_N(PARTS) columns (fewer where there would be too few blocks) and walks k in steps
- *             of 32 = one group of integers: those are multiplied as integers (exact in bf16) and the group's sum is scaled
+ *             of 32 = one group with a scale: its weights are multiplied without it (exact in bf16) and the group's sum is scaled
  *             once. The order of k is fixed and no row or column sees another, so a row's result is the same for any number
  *             of rows and any PARTS.
  *
@@ -28,12 +28,16 @@
 
 /* Bytes of 32 weights in memory. */
 template <int TYPE> struct step_of {
-    static const int bytes = TYPE == QVL__BF16 ? 64 : TYPE == QVL__Q8 ? 32 : 16;
+    static const int bytes = TYPE == QVL__BF16 ? 64 : TYPE == QVL__Q8 || TYPE == QVL__F8 ? 32 : 16;
 };
 
 /* Inputs k, k + 1 (k even) of a line of 32 weights as a pair of bf16. */
 template <int TYPE> __device__ __forceinline__ uint32_t weight_pair(const char *line, int k) {
     if (TYPE == QVL__Q8) return pack_bf16((float)((const int8_t *)line)[k], (float)((const int8_t *)line)[k + 1]);
+    if (TYPE == QVL__F8) {
+        float2 pair = wide_e4m3x2(*(const uint16_t *)(line + k));
+        return pack_bf16(pair.x, pair.y);
+    }
     uint32_t two = *(const uint16_t *)(line + k % 16) >> (k < 16 ? 0 : 4);
     return pack_bf16((float)((int)(two & 15) - 8), (float)((int)(two >> 8 & 15) - 8));
 }
@@ -58,7 +62,7 @@ template <int TYPE, int PARTS> __device__ __forceinline__ void bring(char *stage
 /* PARTS (2 or 4): groups of 8 columns that a warp has. */
 template <int TYPE, int PARTS> __device__ __forceinline__ void mma_tile(const finish &f, const uint16_t *x, int rows, const rows_of &w, int r0, int c0) {
     QVL_SHARED(char, shared);
-    const bool integers = TYPE != QVL__BF16;
+    const bool scaled = TYPE != QVL__BF16;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, steps = w.kp / MMA_K;
     int wr = warp / 4 * 32, wc = warp % 4 * 8 * PARTS; /* of the block; a warp has 32 x 8 PARTS */
     float acc[2][PARTS][4] = {};
@@ -79,7 +83,7 @@ template <int TYPE, int PARTS> __device__ __forceinline__ void mma_tile(const fi
             uint32_t af[2][4], bf[PARTS][2];
             for (int i = 0; i < 2; i++) /* matrices: rows 0-7 and 8-15 of k 0-7, then of k 8-15 */
                 qvl_ldmatrix_x4(af[i], a + (wr + 16 * i + lane % 16) * MMA_LINE + half * 32 + lane / 16 * 16);
-            if (!integers) {
+            if (!scaled) {
                 for (int j = 0; j < PARTS; j += 2) { /* matrices: columns 0-7 of k 0-7 and 8-15, then columns 8-15 */
                     uint32_t q[4];
                     qvl_ldmatrix_x4(q, b + (wc + 8 * j + lane / 16 * 8 + lane % 8) * MMA_LINE + half * 32 + lane / 8 % 2 * 16);
@@ -92,9 +96,9 @@ template <int TYPE, int PARTS> __device__ __forceinline__ void mma_tile(const fi
                     bf[j][0] = weight_pair<TYPE>(line, k), bf[j][1] = weight_pair<TYPE>(line, k + 8);
                 }
             for (int i = 0; i < 2; i++)
-                for (int j = 0; j < PARTS; j++) qvl_mma_16816(integers ? group[i][j] : acc[i][j], af[i], bf[j]);
+                for (int j = 0; j < PARTS; j++) qvl_mma_16816(scaled ? group[i][j] : acc[i][j], af[i], bf[j]);
         }
-        if (integers)
+        if (scaled)
             for (int j = 0; j < PARTS; j++) {
                 int c = c0 + wc + 8 * j + lane % 4 * 2;
                 float by[2] = {c < w.n ? wide_bf16(w.scales[(size_t)c * steps + s]) : 0.0f, c + 1 < w.n ? wide_bf16(w.scales[(size_t)(c + 1) * steps + s]) : 0.0f};

@@ -4,7 +4,7 @@
  * Input:      x rounded to bf16 (F16 matrices: f16), [rows][kp]; a matrix of any type but F32.
  * Output:     float rows.
  * Invariants: a warp has two matrix rows and walks k once for all rows of x; each sum is added in an order that does not
- *             depend on their number. Integer weights are multiplied as integers times x and scaled once for each group.
+ *             depend on their number. Weights with scales are multiplied without them; the sum of a group is scaled once.
  */
 #ifndef QVL__GEMV_CUH
 #define QVL__GEMV_CUH
@@ -17,7 +17,7 @@
 
 /* Weights that one lane takes at a time: 16 bytes. */
 template <int TYPE> struct lane_of {
-    static const int count = TYPE == QVL__Q8 ? 16 : TYPE == QVL__Q4 ? 32 : 8;
+    static const int count = TYPE == QVL__Q8 || TYPE == QVL__F8 ? 16 : TYPE == QVL__Q4 ? 32 : 8;
 };
 
 /* Numbers of 16 bits that share a register: f16 with F16 matrices, else bf16. */
@@ -36,6 +36,11 @@ template <int TYPE> __device__ __forceinline__ void unpack_lane(float *to, uint4
         if (TYPE == QVL__BF16 || TYPE == QVL__F16) to[2 * i] = low_half<TYPE>(u[i]), to[2 * i + 1] = high_half<TYPE>(u[i]);
         if (TYPE == QVL__Q8)
             for (int b = 0; b < 4; b++) to[4 * i + b] = (float)(int8_t)(u[i] >> 8 * b);
+        if (TYPE == QVL__F8)
+            for (int b = 0; b < 4; b += 2) {
+                float2 two = wide_e4m3x2((uint16_t)(u[i] >> 8 * b));
+                to[4 * i + b] = two.x, to[4 * i + b + 1] = two.y;
+            }
         if (TYPE == QVL__Q4)
             for (int b = 0; b < 4; b++) {
                 uint32_t byte = u[i] >> 8 * b & 255;
@@ -48,9 +53,9 @@ template <int TYPE> __device__ __forceinline__ void unpack_lane(float *to, uint4
 /* Up to ROWS rows, matrix rows c and c + 1. */
 template <int TYPE, int ROWS> __device__ __forceinline__ void gemv_pair(const finish &f, const uint16_t *x, int rows, const rows_of &w, int c) {
     const int count = lane_of<TYPE>::count;
-    const bool integers = TYPE == QVL__Q8 || TYPE == QVL__Q4;
+    const bool scaled = TYPE == QVL__Q8 || TYPE == QVL__Q4 || TYPE == QVL__F8;
     int lane = threadIdx.x % 32;
-    size_t row_bytes = TYPE == QVL__Q8 ? (size_t)w.kp : TYPE == QVL__Q4 ? (size_t)w.kp / 2 : (size_t)w.kp * 2;
+    size_t row_bytes = TYPE == QVL__Q8 || TYPE == QVL__F8 ? (size_t)w.kp : TYPE == QVL__Q4 ? (size_t)w.kp / 2 : (size_t)w.kp * 2;
     const char *from[2] = {(const char *)w.data + (size_t)c * row_bytes, (const char *)w.data + (size_t)(c + 1 < w.n ? c + 1 : c) * row_bytes};
     const uint16_t *scale[2] = {w.scales + (size_t)c * (w.kp / 32), w.scales + (size_t)(c + 1 < w.n ? c + 1 : c) * (w.kp / 32)};
     float acc[2][ROWS] = {};
@@ -59,7 +64,7 @@ template <int TYPE, int ROWS> __device__ __forceinline__ void gemv_pair(const fi
 #pragma unroll
         for (int j = 0; j < 2; j++) unpack_lane<TYPE>(v[j], *(const uint4 *)(from[j] + (size_t)k / count * 16));
         float by[2] = {1.0f, 1.0f};
-        if (integers) by[0] = wide_bf16(scale[0][k / 32]), by[1] = wide_bf16(scale[1][k / 32]);
+        if (scaled) by[0] = wide_bf16(scale[0][k / 32]), by[1] = wide_bf16(scale[1][k / 32]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (r >= rows) break;
@@ -73,7 +78,7 @@ template <int TYPE, int ROWS> __device__ __forceinline__ void gemv_pair(const fi
 #pragma unroll
                 for (int e = 0; e < 8; e++) sum[0] = fmaf(xs[e], v[0][i + e], sum[0]), sum[1] = fmaf(xs[e], v[1][i + e], sum[1]);
             }
-            for (int j = 0; j < 2; j++) acc[j][r] = integers ? fmaf(by[j], sum[j], acc[j][r]) : acc[j][r] + sum[j];
+            for (int j = 0; j < 2; j++) acc[j][r] = scaled ? fmaf(by[j], sum[j], acc[j][r]) : acc[j][r] + sum[j];
         }
     }
 #pragma unroll

@@ -5,7 +5,8 @@
  * Output:     rows [n][kp], kp = k rounded up to 32, zero behind k, so that every row begins on 16 bytes:
  *               F32, BF16, F16: numbers;
  *               Q8: signed bytes; Q4: [kp / 32][16] bytes, low half input i of the group, high half input i + 16, 8 for 0;
- *               Q8, Q4: behind the rows scales in bf16 [n][kp / 32].
+ *               F8: bytes;
+ *               Q8, Q4, F8: behind the rows scales in bf16 [n][kp / 32].
  *             gate_up: row 2 i is gate feature i, row 2 i + 1 up feature i, so SwiGLU's two inputs are neighbours.
  * Invariants: conversions round to nearest even.
  */
@@ -22,8 +23,9 @@ struct rows_of {
     const uint16_t *scales;
 };
 
-/* Number `at` of an array of F32, BF16 or F16. */
+/* Number `at` of an array of F32, BF16, F16 or F8. */
 __device__ __forceinline__ float number_at(int type, const void *src, size_t at) {
+    if (type == QVL__F8) return wide_e4m3(((const uint8_t *)src)[at]);
     return type == QVL__F32 ? ((const float *)src)[at] : type == QVL__BF16 ? wide_bf16(((const uint16_t *)src)[at]) : __half2float(((const __half *)src)[at]);
 }
 
@@ -37,7 +39,7 @@ __device__ __forceinline__ float weight_at(const rows_of &w, int r, int i) {
     size_t at = (size_t)r * w.kp + i;
     if (w.type == QVL__Q8) return wide_bf16(w.scales[at / 32]) * (float)((const int8_t *)w.data)[at];
     if (w.type == QVL__Q4) return wide_bf16(w.scales[at / 32]) * (float)q4_at((const uint8_t *)w.data + (size_t)r * (w.kp / 2), i);
-    return number_at(w.type, w.data, at);
+    return (w.type == QVL__F8 ? wide_bf16(w.scales[at / 32]) : 1.0f) * number_at(w.type, w.data, at);
 }
 
 /* Feature f of a matrix with gate_up: its row. */
@@ -46,6 +48,7 @@ __device__ __forceinline__ int row_of_feature(int f, int n, bool gate_up) { retu
 __device__ __forceinline__ void store_number(int type, void *dst, size_t at, float x) {
     if (type == QVL__F32) ((float *)dst)[at] = x;
     else if (type == QVL__BF16) ((bf16 *)dst)[at] = __float2bfloat16_rn(x);
+    else if (type == QVL__F8) ((uint8_t *)dst)[at] = round_e4m3(x);
     else ((__half *)dst)[at] = __float2half_rn(x);
 }
 
