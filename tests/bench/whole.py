@@ -18,13 +18,14 @@ QUESTION = "Describe this picture in as much detail as you can: what is there, w
 TOKENS = 100
 TRANSFORMERS = """
 import json, sys, time, torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(int(sys.argv[4]))
 began = time.time()
 processor, model = AutoProcessor.from_pretrained(sys.argv[1]), AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32)
 loaded = time.time() - began
-chat = [{"role": "user", "content": [{"type": "image", "url": sys.argv[2]}, {"type": "text", "text": sys.argv[3]}]}]
-inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+text = f"<|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>{sys.argv[3]}<|im_end|>\\n<|im_start|>assistant\\n"
+inputs = processor(text=[text], images=[Image.open(sys.argv[2])], return_tensors="pt")
 began = time.time()
 first = []
 class Watch:
@@ -40,7 +41,7 @@ print(json.dumps({"load": loaded, "first": first[1]}))
 CHILD = """
 import json, resource, subprocess, sys, time
 began = time.monotonic()
-p = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+p = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
 print(json.dumps([time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, p.returncode, p.stdout, p.stderr[-2000:]]))
 """
 
@@ -61,16 +62,18 @@ def main():
     p.add_argument("--packed", required=True)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--types", default="int4,int8,bf16", help="of int4,int8,bf16")
     p.add_argument("--transformers", help="a Python that has transformers and torch: run once")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "noise.png"
         noise(picture, 1024, 768)
         runs = {}
-        for kind in ("int4", "int8", "bf16"):
+        for kind in a.types.split(","):
             where = ("-m", Path(a.packed) / kind) if kind != "bf16" else ("-m", a.model, "--dtype", "bf16")
-            runs[f"qvl {kind}"] = [QVL, "describe", picture, "-p", QUESTION, *where, "-t", a.threads, "--max-tokens", TOKENS, "--ignore-eos", "--temperature", 0, "--json"]
-        for kind in ("q4_0", "q8_0", "f16"):
+            runs[f"qvl {kind}"] = [QVL, "describe", picture, "-p", QUESTION, *where, "-t", a.threads, "--max-tokens", TOKENS, "--ignore-eos", "--temperature", 0,
+                                  "--chat-template", "instruct", "--json"]
+        for kind in ({"int4": "q4_0", "int8": "q8_0", "bf16": "f16"}[k] for k in a.types.split(",")):
             projector = Path(a.gguf) / f"mmproj-{'f16' if kind == 'f16' else 'q8_0'}.gguf"
             runs[f"llama.cpp {kind.upper()}"] = [Path(a.llama) / "llama-mtmd-cli", "-m", Path(a.gguf) / f"m-{kind}.gguf", "--mmproj", projector, "--image", picture, "-p", QUESTION,
                                                  "-n", TOKENS, "-t", a.threads, "-c", 4096, "--temp", 0, "--ignore-eos"]

@@ -31,7 +31,7 @@ step() { # name, command...
     echo "| $name | $result | $(($(date +%s) - start)) |" >>"$report"
 }
 for mode in exact deterministic fast; do step "ops, $mode" "$b/tests/ops/cuda_ops" $mode; done
-step "goldens" "$python" -m pytest -q -p no:cacheprovider tests/python/test_goldens.py
+step "goldens" "$python" -m pytest -q -p no:cacheprovider tests/python/test_goldens.py tests/python/test_moe.py tests/python/test_fp8.py
 step "device" "$python" -m pytest -q -p no:cacheprovider tests/python/test_device.py
 if command -v compute-sanitizer >/dev/null 2>&1; then
     for tool in memcheck racecheck synccheck; do

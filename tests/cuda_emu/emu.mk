@@ -78,7 +78,7 @@ EMU_DEVICE ?=
 EMU_GPUS ?= 1
 EMU_ENV += $(if $(filter-out 1,$(EMU_GPUS)),QVL_TEST_GPUS=$(EMU_GPUS))
 check-emu-goldens: all $(EMU_SO)
-	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py tests/python/test_moe.py $(EMU_GOLDENS)
+	$(EMU_ENV) QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_goldens.py tests/python/test_moe.py tests/python/test_fp8.py $(EMU_GOLDENS)
 	$(EMU_ENV) QVL_EMU_ASYNC=lazy QVL_TEST_DEVICE=cuda $(PYTEST) tests/python/test_device.py $(EMU_DEVICE)
 # In a mode each: they choose different kernels.
 check-emu-counts: $(EMU_DIR_check)/libqvl-cuda.so $(B)/tests/ops/cuda_ops ## sectors and bank conflicts of the CUDA kernels, counted under emulation

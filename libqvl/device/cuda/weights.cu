@@ -76,7 +76,7 @@ static void put_part(cuda *c, const qvl__matrix *m, const part &p, int first, in
     for (int r = 0; r < count; r += most) {
         int some = count - r < most ? count - r : most;
         cuda_put(&c->device, c->arena, (const char *)src + (size_t)r * row, (size_t)some * row);
-        if (m->type == QVL__F8) LAUNCH(c, put_fp8_rows, dim3(some), dim3(256), 0, view(c, m), m->role.gate_up, first + r, (const uint8_t *)c->arena);
+        if (m->type == QVL__F8) LAUNCH(c, put_fp8_rows, dim3(some), dim3(256), 0, view(c, m), m->role.gate_up, first + r, (const uint8_t *)c->arena, row);
         else LAUNCH(c, put_rows, dim3(some), dim3(256), 0, view(c, m), m->role.gate_up, first + r, src_type, (const void *)c->arena);
     }
 }

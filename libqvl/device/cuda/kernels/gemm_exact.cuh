@@ -38,9 +38,11 @@ __device__ __forceinline__ void exact_tile(const finish &f, const float *x, size
         }
         __syncthreads();
     }
+#pragma unroll
     for (int i = 0; i < 4; i++) {
         int r = r0 + ty + 16 * i;
         if (r >= rows) continue;
+#pragma unroll
         for (int j = 0; j < 4; j += 2) store_pair(f, r, c0 + 4 * tx + j, acc[i][j], acc[i][j + 1]);
     }
 }

@@ -17,10 +17,10 @@ static __global__ void put_rows(rows_of w, bool gate_up, int first, int src_type
         store_number(w.type, (void *)w.data, to + i, i < w.k ? number_at(src_type, src, from + i) : 0.0f);
 }
 
-/* The same from rows of F8 (device.h). */
-static __global__ void put_fp8_rows(rows_of w, bool gate_up, int first, const uint8_t *src) {
+/* The same from rows of F8 (device.h), row_bytes each. */
+static __global__ void put_fp8_rows(rows_of w, bool gate_up, int first, const uint8_t *src, size_t row_bytes) {
     size_t row = (size_t)row_of_feature(first + blockIdx.x, w.n, gate_up);
-    const uint8_t *from = src + blockIdx.x * qvl__row_bytes(QVL__F8, (size_t)w.k);
+    const uint8_t *from = src + blockIdx.x * row_bytes;
     const uint16_t *scales = (const uint16_t *)(from + (w.k + 1) / 2 * 2);
     for (int i = threadIdx.x; i < w.kp; i += blockDim.x) ((uint8_t *)w.data)[row * w.kp + i] = i < w.k ? from[i] : 0;
     for (int g = threadIdx.x; g < w.kp / 32; g += blockDim.x) ((uint16_t *)w.scales)[row * (w.kp / 32) + g] = scales[g];
