@@ -241,21 +241,21 @@ static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
         const char *next = NULL;
         if (t->rows <= k->mr && (b + 1) * BLOCK < t->limit[t->rows - 1])
             next = ks->base + (size_t)(ks->table ? ks->table[b + 1] : b + 1) * ks->block_bytes;
-        size_t row_bytes = QVL__PANEL * qvl__type_size(type), k_panel = dim * row_bytes, v_panel = BLOCK * row_bytes;
-        qvl__next next_k = {next, k_panel, row_bytes}, next_v = {next ? next + half_bytes(ks->type, ks->dim) : NULL, v_panel, row_bytes};
+        size_t k_panel = dim * QVL__PANEL * qvl__type_size(type), v_panel = (size_t)BLOCK * QVL__PANEL * qvl__type_size(type);
         k->gemm(type, t->s + (size_t)first * BLOCK, BLOCK, t->q + (size_t)first * dim, dim, kp, k_panel, t->rows - first, BLOCK / QVL__PANEL,
-                ks->head_dim, false, next ? &next_k : NULL);
+                ks->head_dim, false, next);
         for (int r = first; r < t->rows; r++) {
             float *s = t->s + (size_t)r * BLOCK;
             if (k_scale) k->scale(s, k_scale, BLOCK);
             k->softmax_step(s, row_keys(t, r, b), scale, &t->max[r], &t->sum[r], t->o + (size_t)r * dim, ks->dim);
             if (v_scale) k->scale(s, v_scale, BLOCK); /* past the row's own keys nobody looks */
         }
+        if (next) next += half_bytes(ks->type, ks->dim);
         for (int r = first, end; r < t->rows; r = end) { /* rows that see equally many keys go together */
             int n = row_keys(t, r, b);
             for (end = r + 1; end < t->rows && row_keys(t, end, b) == n; end++) {}
             k->gemm(type, t->o + (size_t)r * dim, dim, t->s + (size_t)r * BLOCK, BLOCK, vp, v_panel, end - r,
-                ks->dim / QVL__PANEL, n, true, next ? &next_v : NULL);
+                ks->dim / QVL__PANEL, n, true, next);
         }
     }
 }

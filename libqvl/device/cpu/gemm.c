@@ -93,11 +93,7 @@ static void accumulate(const job *j, float *slice, int r0, int rows, int p0, int
             int np = count - p < kern->np ? count - p : kern->np;
             for (int i = 0; i < np; i++)
                 kern->widen(w->type, slice + (size_t)i * slice_floats, from + (size_t)(p + i) * panel_bytes, n);
-            /* What is widened next: panels behind these, or the first ones' next block of k. */
-            const char *at = p + np < count ? from + (size_t)(p + np) * panel_bytes : panels + (size_t)(k0 + n) * QVL__PANEL * qvl__type_size(w->type);
-            qvl__next next = {at, panel_bytes, QVL__PANEL * qvl__type_size(w->type)};
-            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, af, lda, slice, slice_floats * sizeof(float), rows, np, n, k0 > 0,
-                p + np < count || k0 + n < k ? &next : NULL);
+            kern->gemm(QVL__F32, acc + (size_t)p * QVL__PANEL, ldc, af, lda, slice, slice_floats * sizeof(float), rows, np, n, k0 > 0, NULL);
         }
     }
 }
@@ -122,7 +118,7 @@ static void matmul_task(void *ctx, int task, int worker) {
 /* How rows are packed: the form, and blocks of k that leave room in the first-level cache for a panel's share of it. */
 static void plan_packing(job *j) {
     const qvl__matrix *w = j->w;
-    bool many = j->rows > 3 * j->k->mr;
+    bool many = j->rows > j->k->mr;
     j->form = qvl__type_quantised(w->type) ? INTS : j->d->bf16_math && w->type == QVL__BF16 ? PAIRS : FLOATS;
     /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
     j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;

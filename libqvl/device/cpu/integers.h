@@ -85,7 +85,7 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
             for (size_t i = 0; i < body / VP; i += 64) __builtin_prefetch(far + i);
         }
         for (int j = v0; next.at && j < v0 + nv; j += VP)
-            for (size_t i = from_line; i < to_line; i += 64) __builtin_prefetch(next.at + (size_t)(j / VP) * next.panel + head + (size_t)(g0 + g) * body + i);
+            for (size_t i = from_line; i < to_line; i += 64) __builtin_prefetch(next.at + (size_t)(j / VP) * bs + head + (size_t)(g0 + g) * body + i);
         isum s[6][4];
         const char *q = (const char *)a->q + (size_t)row * a->stride + (size_t)g * QVL__GROUP;
         const int32_t *start = (const int32_t *)(const void *)((const char *)a->start + (size_t)row * a->stride) + g;
@@ -202,7 +202,7 @@ static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, c
     int wide = rows == 1 ? INT_NP1 : INT_NP;
     for (int p = 0, np; p < count; p += np) {
         np = count - p < wide ? 1 : wide;
-        ahead next = {rows > INT_MR && count - p > np ? (const char *)panels + (size_t)(p + np) * panel_bytes : NULL, panel_bytes, 0, 0, (rows + INT_MR - 1) / INT_MR};
+        ahead next = {rows > INT_MR && count - p > np ? (const char *)panels + (size_t)(p + np) * panel_bytes : NULL, 0, (rows + INT_MR - 1) / INT_MR};
         for (int r = 0, mr; r < rows; r += mr, next.part++) {
             int left = rows - r; /* full tiles, and the last two alike; never one row of many, whose width is another */
             mr = left >= 2 * INT_MR ? INT_MR : left > INT_MR ? (left + 1) / 2 : left;

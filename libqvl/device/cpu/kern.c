@@ -17,10 +17,9 @@
 /* ---- matrix tiles ---- */
 
 /* While tiles of rows pass over some panels, the panels behind them come from memory: each of `parts` tiles asks for its part of
- * the lines. at: the next panels, NULL: none; panel, row: bytes from one to the next, and of one k. */
+ * the lines. at: the next panels, NULL: none. */
 typedef struct {
     const char *at;
-    size_t panel, row;
     int part, parts;
 } ahead;
 
@@ -39,7 +38,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
     if (type == QVL__BF16) {
         for (int p = 0; p + 1 < k; p += 2) {
             vu w[4 * VP];
-            for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * next.panel + (size_t)p * next.row);
+            for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * 2 * PANEL);
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++)
                 w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)(j / VP) * bs) + (size_t)p * PANEL + j % VP * 2 * W);
@@ -68,7 +67,8 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
     } else {
         for (int p = 0; p < k; p++) {
             vf x[4 * VP];
-            for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * next.panel + (size_t)p * next.row);
+            for (int j = from_panel; next.at && j < to_panel; j++)
+                __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * PANEL * (type == QVL__F32 ? 4 : type == QVL__F16 ? 2 : 1));
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++) {
                 const char *q = b + (size_t)(j / VP) * bs;
@@ -133,20 +133,17 @@ static int next_tile(int left) { return left >= 2 * MR ? MR : left > MR ? (left 
 /* For each group of panels all row tiles, so that a slice of panels stays in the first-level cache while the rows pass;
  * one tile of rows takes all panels, widest first. */
 static void gemm(qvl__type type, float *c, size_t ldc, const float *a, size_t lda, const void *panels, size_t panel_bytes,
-                 int rows, int count, int k, bool resume, const qvl__next *next) {
+                 int rows, int count, int k, bool resume, const void *next) {
     int group = rows > MR ? widest(MR) : count;
-    size_t row_bytes = PANEL * (type == QVL__F32 ? 4 : type == QVL__I8 ? 1 : 2);
     for (int g = 0; g < count; g += group) {
         int in_group = count - g < group ? count - g : group;
-        ahead then = {NULL, panel_bytes, row_bytes, 0, (rows + MR - 1) / MR};
-        const char *behind = count - g > group ? (const char *)panels + (size_t)(g + group) * panel_bytes : NULL;
-        if (!behind && next) behind = next->at, then.panel = next->panel_bytes, then.row = next->row_bytes;
+        ahead then = {count - g > group ? (const char *)panels + (size_t)(g + group) * panel_bytes : NULL, 0, (rows + MR - 1) / MR};
         for (int r = 0, mr; r < rows; r += mr, then.part++) {
             mr = next_tile(rows - r);
             int np = widest(mr);
             for (int p = 0; p < in_group; p += np) {
                 while (np > in_group - p) np /= 2;
-                then.at = behind ? behind + (size_t)p * then.panel : NULL;
+                if (next && rows <= MR) then.at = (const char *)next + (size_t)p * panel_bytes;
                 tiles[type][mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, a + (size_t)r * lda, lda,
                                     (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, k, resume, then);
             }
@@ -167,7 +164,7 @@ INLINE void dot_tile(const int mr, const int np, float *c, size_t ldc, const uin
         vu w[4];
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)j * bs) + (size_t)p * 2 * PANEL);
-        for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * next.panel + (size_t)p * next.row);
+        for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * 4 * PANEL);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
@@ -194,7 +191,7 @@ static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const 
     int group = rows > MR ? widest(MR) : count;
     for (int g = 0; g < count; g += group) {
         int in_group = count - g < group ? count - g : group;
-        ahead next = {rows > MR && count - g > group ? (const char *)panels + (size_t)(g + group) * panel_bytes : NULL, panel_bytes, 4 * PANEL, 0, (rows + MR - 1) / MR};
+        ahead next = {rows > MR && count - g > group ? (const char *)panels + (size_t)(g + group) * panel_bytes : NULL, 0, (rows + MR - 1) / MR};
         for (int r = 0, mr; r < rows; r += mr, next.part++) {
             mr = next_tile(rows - r);
             int np = widest(mr);

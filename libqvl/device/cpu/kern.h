@@ -25,12 +25,6 @@ typedef struct {
     size_t stride;
 } qvl__ints;
 
-/* Panels in memory: where they begin, bytes from one to the next, bytes of one k in a panel. */
-typedef struct {
-    const void *at;
-    size_t panel_bytes, row_bytes;
-} qvl__next;
-
 struct qvl__kern {
     const char *isa;
     int mr; /* rows of the largest tile */
@@ -39,10 +33,10 @@ struct qvl__kern {
 
     /* c[r][16 p + j] = sum over i = 0..k-1, in that order and into one accumulator, of a[r][i] * panel p [i][j]. With
      * resume the accumulator starts from c instead of zero, so that k may be cut anywhere (at an even place for BF16)
-     * without changing a bit. Panels are panel_bytes apart; the layouts are in panel.c. next: as many panels that will be read after them, to be
-     * asked for from memory meanwhile; NULL: none. */
+     * without changing a bit. Panels are panel_bytes apart; the layouts are in panel.c. next: panels as these that will be read after them, to be
+     * asked for from memory meanwhile, where rows are one tile; NULL: none. */
     void (*gemm)(qvl__type type, float *c, size_t ldc, const float *a, size_t lda, const void *panels, size_t panel_bytes,
-                 int rows, int count, int k, bool resume, const qvl__next *next);
+                 int rows, int count, int k, bool resume, const void *next);
     /* The same with bf16 products: a is pairs of bf16 (lda counts pairs), panels are BF16. NULL where there are none. */
     void (*gemm_dot)(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume);
