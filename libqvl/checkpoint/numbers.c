@@ -3,7 +3,7 @@
  * Job:        BF16, F16, F32, and FP8 (E4M3) with a scale for each block of rows and columns, as the published FP8 checkpoints
  *             have it (config.json's quantization_config; transformers integrations/finegrained_fp8.py).
  * Input:      tensors in mapped files, at any address.
- * Output:     floats; the type in which a device takes a tensor.
+ * Output:     floats, or rows of F8 for devices that have it; the type in which a device takes a tensor.
  * Invariants: a number in FP8 is its E4M3 value times its scale, in float; the others are exact.
  */
 #include <string.h>
@@ -48,16 +48,19 @@ static void widen(float *out, const qvl__tensor *t, size_t first, size_t n) {
     }
 }
 
+/* Scale number i of an FP8 tensor, as the bits of a float. */
+static uint32_t scale_bits(const qvl__tensor *t, size_t i) {
+    float scale;
+    uint32_t bits;
+    widen(&scale, t->scale, i, 1);
+    memcpy(&bits, &scale, 4);
+    return bits;
+}
+
 bool qvl__numbers_keep_fp8(const qvl__tensor *t) {
-    const qvl__tensor *s = t->scale;
-    if (!s || t->block[1] % QVL__GROUP) return false;
-    for (size_t i = 0, n = s->dtype[0] == 'B' ? 0 : (size_t)(s->shape[0] * s->shape[1]); i < n; i++) {
-        float scale;
-        uint32_t bits;
-        widen(&scale, s, i, 1);
-        memcpy(&bits, &scale, 4);
-        if (bits & 0xFFFF) return false;
-    }
+    if (!t->scale || t->block[1] % QVL__GROUP) return false;
+    for (size_t i = 0; i < (size_t)(t->scale->shape[0] * t->scale->shape[1]); i++)
+        if (scale_bits(t, i) & 0xFFFF) return false;
     return true;
 }
 
@@ -66,11 +69,7 @@ void qvl__numbers_fp8(uint8_t *out, const qvl__tensor *t, size_t first, size_t r
     for (size_t r = 0; r < rows; r++, out += qvl__row_bytes(QVL__F8, k)) {
         memcpy(out, t->data + (first + r) * k, k);
         for (size_t g = 0; g * QVL__GROUP < k; g++) {
-            float scale;
-            uint32_t bits;
-            widen(&scale, t->scale, (first + r) / high * across + g * QVL__GROUP / wide, 1);
-            memcpy(&bits, &scale, 4);
-            uint16_t half = (uint16_t)(bits >> 16);
+            uint16_t half = (uint16_t)(scale_bits(t, (first + r) / high * across + g * QVL__GROUP / wide) >> 16);
             memcpy(out + (k + 1) / 2 * 2 + 2 * g, &half, 2);
         }
     }

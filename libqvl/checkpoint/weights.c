@@ -160,10 +160,10 @@ typedef struct {
     const qvl__tensor *t;
     int first, count, tasks;
     size_t k;
-} widening;
+} scaled;
 
-static void widen_task(void *ctx, int task, int worker) {
-    const widening *w = ctx;
+static void scaled_task(void *ctx, int task, int worker) {
+    const scaled *w = ctx;
     int from = (int)((int64_t)w->count * task / w->tasks), to = (int)((int64_t)w->count * (task + 1) / w->tasks);
     (void)worker;
     uint8_t *out = (uint8_t *)w->out + (size_t)from * qvl__row_bytes(w->type, w->k);
@@ -173,9 +173,9 @@ static void widen_task(void *ctx, int task, int worker) {
 }
 
 /* Rows of a tensor with scales. */
-static void widen_rows(loader *l, void *out, qvl__type type, const qvl__tensor *t, int first, int count, size_t k) {
-    widening w = {out, type, t, first, count, count < 64 ? count : 64, k};
-    qvl__pool_run(l->d->pool, w.tasks, widen_task, &w);
+static void scaled_rows(loader *l, void *out, qvl__type type, const qvl__tensor *t, int first, int count, size_t k) {
+    scaled w = {out, type, t, first, count, count < 64 ? count : 64, k};
+    qvl__pool_run(l->d->pool, w.tasks, scaled_task, &w);
 }
 
 static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
@@ -194,7 +194,7 @@ static void pack(loader *l, qvl__matrix *m, int first, const qvl__tensor *t) {
                 l->rc = QVL_ENOMEM;
                 return;
             }
-            if (t->scale) widen_rows(l, copy, type, t, r, count, k);
+            if (t->scale) scaled_rows(l, copy, type, t, r, count, k);
             else memcpy(copy, src, (size_t)count * row);
             l->d->matrix_put(l->d, m, first + r, count, type, copy);
             qvl__free(copy);

@@ -171,8 +171,8 @@ static void learn(qvl_engine *e, double ms) {
 /* Runs the batch that was built and answers its outputs. When the device has failed, so have all who were to use it. */
 static void run(qvl_engine *e, const qvl__batch *b) {
     double start = qvl__now_ms();
-    qvl__device *idle = e->encoding.failed ? e->model->vision : e->model->device;
-    int rc = b->rows && !e->encoding.failed ? qvl__text_forward(e->model, &e->kv, &e->ws, b) : idle->sync(idle);
+    qvl__device *asked = e->encoding.failed ? e->model->vision : e->model->device; /* for its failure */
+    int rc = b->rows && !e->encoding.failed ? qvl__text_forward(e->model, &e->kv, &e->ws, b) : asked->sync(asked);
     for (int i = e->n_running; rc && i-- > 0 && qvl__answer_room(e);) qvl__answer_fail(e, e->running[i], rc);
     if (rc || !b->rows) return;
     learn(e, qvl__now_ms() - start);

@@ -117,14 +117,20 @@ def cell(values):
     return text if len(values) == 1 else f"{text} ({min(values):.3g}–{max(values):.3g})"
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--llama", required=True, help="the folder with llama-bench, llama-batched-bench and llama-mtmd-cli")
-    p.add_argument("--gguf", required=True, help="m-{f16,bf16,q8_0,q4_0,q4_k_m}.gguf, mmproj-{f16,q8_0}.gguf")
+def parser(text):
+    """What every comparison has to be told."""
+    p = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--llama", required=True, help="the folder with llama.cpp's programs")
+    p.add_argument("--gguf", required=True, help="m-{f32,f16,bf16,q8_0,q4_0,q4_k_m}.gguf, mmproj-{f16,q8_0}.gguf, those that are compared")
     p.add_argument("--model", required=True, help="the Hugging Face directory that they were made from")
-    p.add_argument("--packed", required=True, help="where the packed int8 and int4 models are, or go")
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--packed", required=True, help="where the packed models int8 and int4 are (or go, with anchors.py)")
     p.add_argument("--threads", type=int, default=2)
+    return p
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", default=",".join(UNITS), help="of " + ",".join(UNITS))
     p.add_argument("--types", default=",".join(RIVALS), help="of " + ",".join(RIVALS))
     p.add_argument("--sizes", default="448x448,1024x768", help="of pictures")

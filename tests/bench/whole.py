@@ -4,7 +4,6 @@ in turns; files are in the page cache after the first, unmeasured, round.
 
     python3 tests/bench/whole.py --llama BUILD/bin --gguf DIR --model CHECKPOINT --packed DIR [--rounds 2] [--transformers VENV/bin/python]
 """
-import argparse
 import json
 import statistics
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from anchors import QVL, noise
+from anchors import QVL, noise, parser
 
 QUESTION = "Describe this picture in as much detail as you can: what is there, where, in which colours, and what may have happened just before it was taken?"
 TOKENS = 100
@@ -21,9 +20,7 @@ import json, sys, time, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(int(sys.argv[4]))
-began = time.time()
 processor, model = AutoProcessor.from_pretrained(sys.argv[1]), AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32)
-loaded = time.time() - began
 text = f"<|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>{sys.argv[3]}<|im_end|>\\n<|im_start|>assistant\\n"
 inputs = processor(text=[text], images=[Image.open(sys.argv[2])], return_tensors="pt")
 began = time.time()
@@ -33,7 +30,7 @@ class Watch:
     def end(self): pass
 with torch.no_grad():
     model.generate(**inputs, max_new_tokens=int(sys.argv[5]), min_new_tokens=int(sys.argv[5]), do_sample=False, streamer=Watch())
-print(json.dumps({"load": loaded, "first": first[1]}))
+print(json.dumps({"first": first[1]}))
 """
 
 
@@ -55,15 +52,10 @@ def run(*command):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--llama", required=True)
-    p.add_argument("--gguf", required=True)
-    p.add_argument("--model", required=True)
-    p.add_argument("--packed", required=True)
-    p.add_argument("--threads", type=int, default=2)
+    p = parser(__doc__)
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--types", default="int4,int8,bf16", help="of int4,int8,bf16")
-    p.add_argument("--transformers", help="a Python that has transformers and torch: run once")
+    p.add_argument("--transformers", help="a Python that has transformers, torch, torchvision and pillow: run once")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "noise.png"

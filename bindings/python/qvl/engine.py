@@ -87,7 +87,7 @@ class Engine(Handle):
     whatever else runs beside it.
 
     Options: max_requests, max_context, max_batched_tokens, kv_blocks (of 32 tokens), kv_dtype ("auto", "f32", "bf16", "f16",
-    "int8"), prefix_cache (True: prompts that begin alike are computed once), step_ms, embedding_cache, max_image_tokens.
+    "int8"; "fp8" on a GPU), prefix_cache (True: prompts that begin alike are computed once), step_ms, embedding_cache, max_image_tokens.
     All memory is taken here (Model.plan tells how much beforehand). Threads: the thread that first calls step owns stepping (another one gets Error
     QVL_EMISUSE); submit, cancel, wake and stats may be called from any thread.
 

@@ -109,7 +109,7 @@ static int sync_all(qvl__device *d) {
     return c->failed ? c->host->fail(c->failed, "%s", c->failure) : 0;
 }
 
-/* A stream that was polled to its end has no failure to report before get or sync looks. */
+/* A stream that has failed does nothing more: get and sync tell. */
 static bool idle(qvl__device *d) {
     entered c(d);
     return cudaStreamQuery(c->stream) != cudaErrorNotReady;
