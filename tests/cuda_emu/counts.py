@@ -19,7 +19,7 @@ def flops(kernel, grid):
     if name in ("gemm_mma", "gemm_exact"):
         return 2 * 64 * 128 * 512
     if name in ("moe_gemv", "moe_mma", "moe_exact"):  # two rows of 4 experts, or 64 of 3; gate and up are 128 of 512, down 512 of 64
-        outputs = grid[0] * {"moe_gemv": 8, "moe_mma": 64, "moe_exact": 64}[name]
+        outputs = grid[0] * {"moe_gemv": 8, "moe_mma": 32 * int(args[-1:] or 0), "moe_exact": 64}[name]
         return 2 * (128 if grid[1] == 5 else 4) * outputs * (512 if outputs == 128 else 64)
     if (name, args) in (("flash", "4"), ("attend", "2")):
         return 4 * 2 * 64 * VISION

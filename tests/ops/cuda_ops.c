@@ -333,7 +333,7 @@ static void counts_body(qvl__device *d) {
     for (int t = 0; t < 5; t++) {
         for (int i = 0; i < 3 && apart > 0; i++) matmul_case(d, types[t], QVL__EPI_NONE, few[i], 64, 2560, false);
         matmul_case(d, types[t], QVL__EPI_NONE, 64, 128, 512, false);
-        moe_case(d, types[t], 2, 4, 2, 512, 64), moe_case(d, types[t], 64, 3, 2, 512, 64);
+        moe_case(d, types[t], 2, 4, 2, 512, 64, 0), moe_case(d, types[t], 64, 3, 2, 512, 64, 0);
     }
     counted_text(d, QVL__BF16, 2), counted_text(d, QVL__I8, 1), counted_text(d, QVL__F8, 3); /* told from one another by their grids */
     counted_vision(d);
