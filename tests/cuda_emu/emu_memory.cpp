@@ -26,6 +26,7 @@ struct Device {
     size_t reserved = 0, top = 0, used = 0, freed = 0; /* top: end of what was ever handed out */
     bool open = false;
     std::map<char *, Allocation> blocks;
+    std::vector<const Allocation *> live; /* of blocks: looked at after every kernel */
     std::map<const void *, size_t> shared_limits;
 };
 std::vector<Device> devices;
@@ -85,6 +86,7 @@ char *take(int index, size_t bytes) {
     }
     if (!at) return nullptr;
     Allocation &a = d.blocks[at] = Allocation{at, bytes, room, index, true};
+    d.live.push_back(&a);
     d.used += round_up(bytes, grain);
     protect(d, true);
     unpoison(at, room);
@@ -273,13 +275,12 @@ void close_memory() {
 
 void check_zones(int index, const char *who) {
 #ifndef __SANITIZE_ADDRESS__ /* which watches the zones itself */
-    for (size_t d = 0; d < devices.size(); d++)
-        for (auto &i : devices[d].blocks) {
-            const Allocation &a = i.second;
-            if ((index >= 0 && (int)d != index) || !a.live) continue;
-            for (char *p = a.start + a.bytes; p < a.start + a.room; p++)
+    for (size_t d = 0; d < devices.size(); d++) {
+        if (index >= 0 && (int)d != index) continue;
+        for (const Allocation *a : devices[d].live)
+            for (char *p = a->start + a->bytes; p < a->start + a->room; p++)
                 if (*p != (char)0xff) fail("%s wrote out of bounds: %s", who, describe(p).c_str());
-        }
+    }
 #else
     (void)index, (void)who;
 #endif
@@ -439,6 +440,7 @@ cudaError_t cudaFree(void *p) {
     a->live = false;
     check_allocated(a);
     Device &d = device(a->device);
+    d.live.erase(std::find(d.live.begin(), d.live.end(), a));
     d.used -= round_up(a->bytes, grain);
     d.freed += a->room;
     return cudaSuccess;
