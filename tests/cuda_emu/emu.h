@@ -25,7 +25,7 @@ namespace qvl_emu {
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 uint64_t random64(); /* one stream of random numbers for all choices of order, from QVL_EMU_SEED */
-inline unsigned random_below(unsigned n) { return (unsigned)(random64() % n); }
+inline unsigned random_below(unsigned n) { return (unsigned)((random64() & 0xffffffffu) * n >> 32); }
 long env(const char *name, long otherwise);
 
 /* ---- core ---- */

@@ -89,6 +89,7 @@ void clear_ready(int thread) {
     if (!w.ready) ready_warps &= ~(1u << thread / warp_lanes);
 }
 int random_bit(uint32_t set) {
+    if (!(set & (set - 1))) return __builtin_ctz(set);
     for (unsigned skip = random_below((unsigned)__builtin_popcount(set)); skip; skip--) set &= set - 1;
     return __builtin_ctz(set);
 }
@@ -106,7 +107,7 @@ int pick() { /* a thread that can run, -1 if none can */
 }
 
 std::string place(const Fiber &f) { return f.op == Op::none ? "elsewhere" : std::string(op_names[(int)f.op]) + " at " + f.at.file + ":" + std::to_string(f.at.line); }
-bool same_site(const Site &a, const Site &b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool same_site(const Site &a, const Site &b) { return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0); }
 
 [[noreturn]] void deadlock() {
     int waits = -1, other = -1;
