@@ -360,7 +360,7 @@ int main(int argc, char **argv) {
     static const char *const modes[] = {"exact", "deterministic", "fast"};
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_staging),      cmocka_unit_test(test_map),          cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed),      cmocka_unit_test(test_matmul),
                                        cmocka_unit_test(same_products),     cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
-                                       cmocka_unit_test(test_moe),    cmocka_unit_test(same_decoding),     cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_vision),
+                                       cmocka_unit_test(test_moe),    cmocka_unit_test(same_decoding),     cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_attention_shapes), cmocka_unit_test(test_vision),
                                        cmocka_unit_test(test_refusals),      cmocka_unit_test(test_divided),        cmocka_unit_test(test_sample),          cmocka_unit_test(test_counts)};
     qvl__pool *pool;
     qvl__device *d;

@@ -15,6 +15,10 @@ import qvl  # noqa: E402
 import support  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: too long for every CI run under emulation")
+
+
 @pytest.fixture(scope="session")
 def load():
     """load(name, **options): a model of support.CHECKPOINTS, loaded once a session for each set of options."""

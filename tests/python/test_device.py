@@ -17,6 +17,7 @@ from support import CHECKPOINTS, DEVICE, ROOT, TINY, drain
 ON_GPU = os.environ.get("QVL_TEST_DEVICE") == "cuda"
 EMULATED = "emu" in os.environ.get("QVL_CUDA_PLUGIN", "")
 gpu = pytest.mark.skipif(not ON_GPU, reason="QVL_TEST_DEVICE is not cuda")
+slow = pytest.mark.slow  # half a minute or more under emulation, and of what a quicker one shows too
 SHAPES = ROOT / "examples" / "images" / "shapes.png"
 ASK = [{"role": "user", "content": [{"type": "image", "image": str(SHAPES)}, {"type": "text", "text": "What do you see?"}]}]
 
@@ -248,7 +249,7 @@ def sharing(gpus, **options):
 
 
 @gpu
-@pytest.mark.parametrize("gpus,dtype", [(2, "f32"), (4, "f32"), (2, "auto"), (4, "auto"), (2, "int8"), (2, "int4")])
+@pytest.mark.parametrize("gpus,dtype", [(2, "f32"), pytest.param(4, "f32", marks=slow), (2, "auto"), (4, "auto"), (2, "int8"), (2, "int4")])
 def test_parallel(gpus, dtype, load):
     """Two or four GPUs (keys of two heads, so that four have some twice) against one CPU: image, prompt, recorded steps."""
     many, cpu = sharing(gpus, dtype=dtype), load("qvl-tiny", dtype=dtype, device="cpu")
@@ -262,8 +263,7 @@ def test_parallel(gpus, dtype, load):
 
 
 @gpu
-@pytest.mark.parametrize("gpus", [2, 4])
-@pytest.mark.parametrize("dtype", ["f32", "auto"])
+@pytest.mark.parametrize("gpus,dtype", [(2, "auto"), *(pytest.param(*c, marks=slow) for c in ((2, "f32"), (4, "f32"), (4, "auto")))])
 def test_parallel_bits(gpus, dtype):
     """In modes that promise the same bits in every batch, several GPUs keep the promise."""
     model = sharing(gpus, dtype=dtype, deterministic=True)
@@ -283,13 +283,13 @@ def test_parallel_bits(gpus, dtype):
 
 
 @gpu
-def test_parallel_packed(tmp_path):
+@pytest.mark.parametrize("dtype", ["int4", pytest.param("f32", marks=slow)])
+def test_parallel_packed(dtype, tmp_path):
     """Parts of a packed file are the parts that rounding while loading gives."""
-    for dtype in ("int4", "f32"):
-        qvl.quantize(TINY, tmp_path / dtype, dtype=dtype)
-        here, there = sharing(2, dtype=dtype), qvl.Model(tmp_path / dtype, device="cuda", dtype=dtype, tensor_parallel_size=2)
-        assert np.array_equal(here.encode_image(SHAPES).to_numpy(), there.encode_image(SHAPES).to_numpy())
-        assert np.array_equal(here.logits(here.prompt(ASK)), there.logits(there.prompt(ASK)))
+    qvl.quantize(TINY, tmp_path / dtype, dtype=dtype)
+    here, there = sharing(2, dtype=dtype), qvl.Model(tmp_path / dtype, device="cuda", dtype=dtype, tensor_parallel_size=2)
+    assert np.array_equal(here.encode_image(SHAPES).to_numpy(), there.encode_image(SHAPES).to_numpy())
+    assert np.array_equal(here.logits(here.prompt(ASK)), there.logits(there.prompt(ASK)))
 
 
 @gpu
