@@ -117,11 +117,11 @@ def cell(values):
     return text if len(values) == 1 else f"{text} ({min(values):.3g}–{max(values):.3g})"
 
 
-def parser(text):
-    """What every comparison has to be told."""
+def parser(text, alone=False):
+    """What every comparison has to be told; alone: some may go without llama.cpp."""
     p = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--llama", required=True, help="the folder with llama.cpp's programs")
-    p.add_argument("--gguf", required=True, help="m-{f32,f16,bf16,q8_0,q4_0,q4_k_m}.gguf, mmproj-{f16,q8_0}.gguf, those that are compared")
+    p.add_argument("--llama", required=not alone, help="the folder with llama.cpp's programs")
+    p.add_argument("--gguf", required=not alone, help="m-{f32,f16,bf16,q8_0,q4_0,q4_k_m}.gguf, mmproj-{f16,q8_0}.gguf, those that are compared")
     p.add_argument("--model", required=True, help="the Hugging Face directory that they were made from")
     p.add_argument("--packed", required=True, help="where the packed models int8 and int4 are (or go, with anchors.py)")
     p.add_argument("--threads", type=int, default=2)

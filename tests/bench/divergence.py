@@ -4,7 +4,7 @@ the same program with float weights, over the same text of the same checkpoint, 
 llama.cpp: llama-perplexity --kl-divergence against m-f32.gguf (convert_hf_to_gguf.py --outtype f32), which scores the second half of
 every chunk; qvl: the same tokens of the same chunks against dtype f32.
 
-    python3 tests/bench/divergence.py --llama BUILD/bin --gguf DIR --model CHECKPOINT --packed DIR [--text README.md] [--chunks 2]
+    python3 tests/bench/divergence.py [--llama BUILD/bin --gguf DIR] --model CHECKPOINT --packed DIR [--also b6.2] [--text README.md] [--chunks 2]
 """
 import re
 import subprocess
@@ -63,14 +63,18 @@ def ours(a, kinds):
 
 
 def main():
-    p = parser(__doc__)
+    p = parser(__doc__, alone=True)
     p.add_argument("--text", default=str(ROOT / "README.md"))
     p.add_argument("--chunks", type=int, default=2, help=f"of {CONTEXT} tokens")
+    p.add_argument("--also", default="", help="more directories in that of --packed, by name, with commas: qvl quantize --bits")
     a = p.parse_args()
-    mine, other = ours(a, ["bf16", "int8", "int4"]), theirs(a, ["f16", "bf16", "q8_0", "q4_0", "q4_k_m"])
+    more = [name for name in a.also.split(",") if name]
+    mine, other = ours(a, ["bf16", "int8", "int4", *more]), theirs(a, ["f16", "bf16", "q8_0", "q4_0", "q4_k_m"]) if a.llama else {}
     print("| type | qvl | llama.cpp |\n|---|---|---|")
     for kind, rivals in (("bf16", ["f16", "bf16"]), ("int8", ["q8_0"]), ("int4", ["q4_0", "q4_k_m"])):
-        print(f"| {kind} | {mine[kind]:.3g} | {', '.join(f'{r.upper()} {other[r]:.3g}' for r in rivals)} |")
+        print(f"| {kind} | {mine[kind]:.3g} | {', '.join(f'{r.upper()} {other[r]:.3g}' for r in rivals if r in other)} |")
+    for kind in more:
+        print(f"| {kind} | {mine[kind]:.3g} | |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A whole answer, from the start of the program to its end: a 1024x768 picture of noise, a question of about 30 tokens, 100 tokens of
-answer, beside llama.cpp (llama-mtmd-cli) and, with --transformers, transformers in float. One Markdown table, medians of --rounds
+answer, beside llama.cpp (--llama: llama-mtmd-cli) and transformers in float (--transformers). One Markdown table, medians of --rounds
 in turns; files are in the page cache after the first, unmeasured, round.
 
-    python3 tests/bench/whole.py --llama BUILD/bin --gguf DIR --model CHECKPOINT --packed DIR [--rounds 2] [--transformers VENV/bin/python]
+    python3 tests/bench/whole.py [--llama BUILD/bin --gguf DIR] --model CHECKPOINT --packed DIR [--rounds 2] [--transformers VENV/bin/python]
 """
 import json
 import statistics
@@ -52,9 +52,9 @@ def run(*command):
 
 
 def main():
-    p = parser(__doc__)
+    p = parser(__doc__, alone=True)
     p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--types", default="int4,int8,bf16", help="of int4,int8,bf16")
+    p.add_argument("--types", default="int4,int8,bf16", help="of int4,int8,bf16, and others that are in --packed")
     p.add_argument("--transformers", help="a Python that has transformers, torch, torchvision and pillow: run once")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,8 @@ def main():
             where = ("-m", Path(a.packed) / kind) if kind != "bf16" else ("-m", a.model, "--dtype", "bf16")
             runs[f"qvl {kind}"] = [QVL, "describe", picture, "-p", QUESTION, *where, "-t", a.threads, "--max-tokens", TOKENS, "--ignore-eos", "--temperature", 0,
                                   "--chat-template", "instruct", "--json"]
-        for kind in ({"int4": "q4_0", "int8": "q8_0", "bf16": "f16"}[k] for k in a.types.split(",")):
+        rivals = {"int4": "q4_0", "int8": "q8_0", "bf16": "f16"} if a.llama else {}
+        for kind in (rivals[k] for k in a.types.split(",") if k in rivals):
             projector = Path(a.gguf) / f"mmproj-{'f16' if kind == 'f16' else 'q8_0'}.gguf"
             runs[f"llama.cpp {kind.upper()}"] = [Path(a.llama) / "llama-mtmd-cli", "-m", Path(a.gguf) / f"m-{kind}.gguf", "--mmproj", projector, "--image", picture, "-p", QUESTION,
                                                  "-n", TOKENS, "-t", a.threads, "-c", 4096, "--temp", 0, "--ignore-eos"]

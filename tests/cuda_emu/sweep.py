@@ -33,7 +33,7 @@ REACH = {
     "kernels/gemm_exact.cuh": ["exact test_matmul", "exact test_matmul_ends"],
     "kernels/gemm_mma.cuh": ["deterministic test_matmul", "deterministic test_matmul_ends"],
     "kernels/gemv.cuh": ["fast test_matmul_ends", "fast test_matmul", "fast test_activations"],
-    "kernels/layout.cuh": ["exact test_map", "exact test_pack_embed", "fast test_matmul"],
+    "kernels/layout.cuh": ["fast test_large_inputs", "exact test_map", "exact test_pack_embed", "fast test_matmul"],
     "kernels/moe.cuh": ["exact test_moe", "deterministic test_moe", "fast test_moe"],
     "kernels/rows.cuh": ["exact test_norms", "exact test_row_ops", "exact test_vision"],
     "kernels/sums.cuh": ["exact test_divided", "fast test_divided"],
@@ -60,7 +60,20 @@ RULES = [  # name, what is looked for, what becomes of it; bounds have code of t
 ]
 # file, function, the line as it becomes (; and the line behind it where nothing is left; a number where the function has several), why nothing can show it
 EQUIVALENT = [
+    ("kernels/attend.cuh", "attend", "if (false) return;", "a piece without keys ends after doing nothing, and attend_join does not read what it writes"),
+    ("kernels/attend.cuh", "attend", "for (int k0 = first; k0 <= end; k0 += QVL__KV_BLOCK) {", "in the turn more no key is left: most is 0"),
+    ("kernels/attend.cuh", "attend", "float top = fmaxf(max[j], warp_max(s)), shrink = expf(max[j] - top), p = true ? expf(s - top) : 0.0f;", "s is -inf there"),
     ("kernels/draw.cuh", "draw_max", "; if (threadIdx.x % 32 == 0) s->part[threadIdx.x / 32] = qvl__order_of(x);", "nothing has used part before: it is called once, first"),
+    ("kernels/draw.cuh", "draw_rows", "return (double)l >= floor && true && *order >= least && (*order != last || i <= id);", "-inf has no mass, and comes last where tokens are counted"),
+    ("kernels/draw.cuh", "draw_rows", "if (true) {", "a cut at 1 keeps all, but for what a sum of more than 53 bits loses as a double"),
+    ("kernels/draw.cuh", "draw_rows", "need = need < 1 ? 1 : true ? need : total;", "only a top_p that is the last double before 1 could reach total"),
+    ("kernels/draw.cuh", "draw_rows", "token = draw_walk(mass, limit, true ? rest : total - 1, s);", "only a random number that is the last double before 1 could reach total"),
+    ("kernels/gemm_exact.cuh", "exact_tile", "for (int k0 = 0; k0 <= w.k; k0 += EXACT_K) {", "in the turn more no input is left: most is 0"),
+    ("kernels/gemm_exact.cuh", "exact_tile", "ws[at] = c0 + line < w.n && true ? weight_at(w, c0 + line, k) : 0.0f;", "a row of weights is as long as whole steps, and most ends before"),
+    ("kernels/gemm_mma.cuh", "bring", "bool in = true;", "x is in the arena, and so is what lies behind it; such rows are not stored"),
+    ("kernels/gemv.cuh", "gemv_pair", "if (false) break;", "x is in the arena, and so is what lies behind it; such rows are not stored"),
+    ("kernels/gemv.cuh", "finish_rows", "for (int c = 2 * (blockIdx.y * blockDim.x + threadIdx.x); c <= f.n; c += 2 * gridDim.y * blockDim.x) {", "the sums are in the arena, and so is what lies behind them; store_pair stores nothing past n"),
+    ("kernels/gemv.cuh", "finish_rows", "store_pair(f, blockIdx.x, c, s[0], true ? s[1] : 0.0f);", "the sums are in the arena, and so is what lies behind them; store_pair stores nothing past n"),
 ]
 
 Mutant = collections.namedtuple("Mutant", "file function number rule becomes text")

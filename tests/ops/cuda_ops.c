@@ -348,6 +348,25 @@ static void test_counts(void **state) {
     each_level(1, false, counts_body);
 }
 
+/* What does not fit f16 becomes its largest number where inputs are rounded to it, and stays as it is elsewhere. */
+static void large_body(qvl__device *d) {
+    enum { ROWS = 40, N = 8, K = 72 }; /* a shape that cuBLASLt takes */
+    float w[N * K], x[ROWS * K] = {0}, y[ROWS * N], large = options.bf16_math && !options.deterministic ? 65504.0f : 1e6f;
+    for (int i = 0; i < N * K; i++) w[i] = 1;
+    for (int r = 0; r < ROWS; r++) x[r * K + r] = r % 2 ? -1e6f : 1e6f;
+    qvl__matrix m = new_matrix(d, QVL__F16, N, K, false, w);
+    for (int rows = 1; rows <= ROWS; rows += ROWS - 1) { /* few and many: kernels of their own */
+        d->matmul(d, y, x, rows, &m, NULL, QVL__EPI_NONE);
+        for (int i = 0; i < rows * N; i++)
+            if (y[i] != (i / N % 2 ? -large : large)) fail_msg("%d rows, row %d: %g", rows, i / N, (double)y[i]);
+    }
+    d->matrix_free(d, &m);
+}
+static void test_large_inputs(void **state) {
+    (void)state;
+    each_level(1, false, large_body);
+}
+
 /* What fast does not promise: there few and many rows are each held to the reference and not to one another. */
 static void same_products(void **state) {
     if (apart == 0) test_matmul_bits(state);
@@ -359,7 +378,7 @@ static void same_decoding(void **state) {
 int main(int argc, char **argv) {
     static const char *const modes[] = {"exact", "deterministic", "fast"};
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_staging),      cmocka_unit_test(test_map),          cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed),      cmocka_unit_test(test_matmul),
-                                       cmocka_unit_test(same_products),     cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
+                                       cmocka_unit_test(same_products),     cmocka_unit_test(test_large_inputs), cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
                                        cmocka_unit_test(test_moe),    cmocka_unit_test(same_decoding),     cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_attention_shapes), cmocka_unit_test(test_vision),
                                        cmocka_unit_test(test_refusals),      cmocka_unit_test(test_divided),        cmocka_unit_test(test_sample),          cmocka_unit_test(test_counts)};
     qvl__pool *pool;
