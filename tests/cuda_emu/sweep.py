@@ -26,7 +26,7 @@ ORDERS = {"fast": 3, "check": 1, "asan": 1}
 # Tests that reach a file's lines; kernels of flash and mma run in mode deterministic, gemv in fast.
 REACH = {
     "kernels/attend.cuh": ["exact same_decoding", "exact test_attention_paged", "exact test_vision", "exact test_attention_shapes"],
-    "kernels/cache.cuh": ["exact same_decoding", "exact test_attention_paged", "exact test_vision", "exact test_attention_shapes"],
+    "kernels/cache.cuh": ["exact same_decoding", "exact test_attention_paged", "deterministic test_attention_paged", "exact test_vision", "exact test_attention_shapes"],
     "kernels/draw.cuh": ["exact test_sample"],
     "kernels/epilogue.cuh": ["exact test_matmul", "exact test_activations", "exact test_matmul_ends"],
     "kernels/flash.cuh": ["deterministic same_decoding", "deterministic test_vision", "deterministic test_attention_paged", "deterministic test_attention_shapes"],

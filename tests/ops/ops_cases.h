@@ -731,11 +731,11 @@ static void reference_text(const qvl__device *d, const text_case *t, qvl__type t
         cached(kv + (size_t)i * n, qkv + (size_t)(i / (2 * t->kv_heads)) * ld + (t->heads + i % (2 * t->kv_heads)) * n, n, type);
     for (int r = 0; r < t->rows; r++) {
         /* norm and rope, from the inputs */
-        for (int h = 0; h < t->heads; h++) {
-            const float *x = t->qkv0 + (size_t)r * ld + h * n, *got = qkv + (size_t)r * ld + h * n;
+        for (int h = 0; h < t->heads + t->kv_heads; h++) {
+            const float *x = t->qkv0 + (size_t)r * ld + h * n, *got = qkv + (size_t)r * ld + h * n, *norm = h < t->heads ? t->q_norm : t->k_norm;
             double square = 0, v[512];
             for (int i = 0; i < n; i++) square += (double)x[i] * x[i] / n;
-            for (int i = 0; i < n; i++) v[i] = x[i] / sqrt(square + 1e-6) * t->q_norm[i];
+            for (int i = 0; i < n; i++) v[i] = x[i] / sqrt(square + 1e-6) * norm[i];
             for (int i = 0; i < n; i++) {
                 int a = i % (n / 2);
                 double c = t->cos[(size_t)r * n / 2 + a], s = t->sin[(size_t)r * n / 2 + a];
@@ -743,6 +743,8 @@ static void reference_text(const qvl__device *d, const text_case *t, qvl__type t
                 check_near("qk_norm_rope", isa, got[i], want, 32 * U * (fabs(v[a]) + fabs(v[a + n / 2])) + 1e-30);
             }
         }
+        size_t values = (size_t)r * ld + (size_t)(t->heads + t->kv_heads) * n;
+        check_bits("qk_norm_rope: values as they were", isa, t->qkv0 + values, qkv + values, (size_t)(t->kv_heads * n));
         for (int h = 0; h < t->heads; h++) {
             int g = h / (t->heads / t->kv_heads), len = t->pos[r] + 1;
             double max = -INFINITY, sum = 0;
