@@ -37,9 +37,9 @@ REACH = {
     "kernels/moe.cuh": ["exact test_moe", "deterministic test_moe", "fast test_moe"],
     "kernels/rows.cuh": ["exact test_norms", "exact test_row_ops", "exact test_vision"],
     "kernels/sums.cuh": ["exact test_divided", "fast test_divided"],
-    "kernels/weights.cuh": ["exact test_map", "exact test_pack_embed", "exact test_divided"],
+    "kernels/weights.cuh": ["exact test_map", "exact test_pack_embed", "fast test_matmul_ends", "fast test_matmul", "exact test_divided"],
     "port.cuh": ["exact test_norms", "exact test_sample", "deterministic test_vision"],
-    "plugin.cu": ["exact test_staging", "exact test_row_ops", "exact test_divided"],
+    "plugin.cu": ["exact test_staging", "exact test_recorded", "exact test_row_ops", "exact test_divided"],
     "parallel.cu": ["exact test_divided"],
 }
 SHAPES = "test_attention_shapes"  # more numbers: for the fast build alone. The others see an access as such, in any shape.

@@ -66,7 +66,9 @@ static void staging_body(qvl__device *d) {
         gpu->put(gpu, to + (size_t)i * PIECE, host, PIECE);
     }
     gpu->get(gpu, back, to, (size_t)PIECE * PIECES);
+    gpu->put(gpu, to, host, PIECE);
     assert_int_equal(gpu->sync(gpu), 0);
+    assert_true(gpu->idle(gpu)); /* sync has waited */
     for (size_t i = 0; i < (size_t)PIECE * PIECES; i++)
         if (back[i] != (char)('a' + i / PIECE)) fail_msg("byte %zu is %c", i, back[i]);
     gpu->free(gpu, to, (size_t)PIECE * PIECES);
@@ -75,6 +77,40 @@ static void staging_body(qvl__device *d) {
 static void test_staging(void **state) {
     (void)state;
     each_level(1, false, staging_body);
+}
+
+static void *brought(qvl__device *d, const void *host, size_t size) {
+    void *p = d->alloc(d, size);
+    if (!p) fail_msg("%s", qvl_last_error());
+    d->put(d, p, host, size);
+    return p;
+}
+
+/* A step that repeats gives the same again, and a buffer that goes while it runs waits for it. */
+static void recorded_body(qvl__device *d) {
+    enum { ROWS = 9, N = 100 };
+    qvl__device *gpu = IN(d);
+    float *numbers = random_floats(ROWS * N, 1), *zeros = must(calloc(ROWS * N, sizeof(float))), *want = floats(ROWS * N), *got = floats(ROWS * N);
+    float *x = brought(gpu, numbers, FLOATS(ROWS * N)), *y = brought(gpu, zeros, FLOATS(ROWS * N));
+    void *other = gpu->alloc(gpu, 1000);
+    const uint64_t key[4] = {1, 2, 3, 4};
+    gpu->rms_norm(gpu, y, x, x, ROWS, N, 1e-6f);
+    gpu->get(gpu, want, y, FLOATS(ROWS * N));
+    bool again = false;
+    for (int i = 0; i < 3; i++) {
+        gpu->put(gpu, y, zeros, FLOATS(ROWS * N));
+        if (!(again = gpu->replay(gpu, key))) gpu->rms_norm(gpu, y, x, x, ROWS, N, 1e-6f), gpu->recorded(gpu);
+        if (i == 2) gpu->free(gpu, other, 1000);
+        gpu->get(gpu, got, y, FLOATS(ROWS * N));
+        check_bits("a recorded step", d->isa, want, got, ROWS * N);
+    }
+    assert_true(again);
+    gpu->free(gpu, x, 1), gpu->free(gpu, y, 1);
+    free(numbers), free(zeros), free(want), free(got);
+}
+static void test_recorded(void **state) {
+    (void)state;
+    each_level(1, false, recorded_body);
 }
 
 /* ---- weights that several GPUs divide: two in a row, so that what lies between them is in parts ---- */
@@ -87,12 +123,6 @@ typedef struct {
     const int32_t *ids, *seq, *pos, *blocks;
 } layer_case;
 
-static void *brought(qvl__device *d, const void *host, size_t size) {
-    void *p = d->alloc(d, size);
-    if (!p) fail_msg("%s", qvl_last_error());
-    d->put(d, p, host, size);
-    return p;
-}
 static qvl__matrix divided(qvl__device *d, qvl__type type, int n, int k, qvl__role role, const float *w) {
     qvl__matrix m;
     float *as = floats((size_t)(n * k)); /* the CPU has no F8, but its numbers */
@@ -235,14 +265,16 @@ static void random_sampler(qvl__sampler *s, const qvl__sample_scratch *scratch, 
     qvl_options_free(o);
 }
 
-/* Logits as models have them, few that differ, none that may be taken, broken ones, and nearly all the same, whose masses add up beyond 32 bits. */
+/* Logits as models have them, few that differ, none that may be taken, broken ones, nearly all the same, whose masses add up beyond 32 bits, and one beside many
+ * whose masses are below that. */
 static void random_logits(float *x, int vocab, int kind) {
     float steps = kind % 3 == 1 ? 2.0f : 1e6f;
     for (int i = 0; i < vocab; i++) {
         x[i] = rintf((random_float() + random_float() + random_float()) * 6 * steps) / steps;
-        if (kind >= 13) x[i] = random_float() * 0.01f;
+        if (kind >= 13) x[i] = random_float() * 0.01f - (kind == 15 ? 7.6f : 0.0f);
         if (random_below(50) == 0 || kind == 10) x[i] = -INFINITY;
     }
+    if (kind == 15) x[random_below(vocab)] = 0;
     if (kind == 11) x[random_below(vocab)] = NAN;
     if (kind == 12) x[random_below(vocab)] = INFINITY;
 }
@@ -377,7 +409,7 @@ static void same_decoding(void **state) {
 
 int main(int argc, char **argv) {
     static const char *const modes[] = {"exact", "deterministic", "fast"};
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_staging),      cmocka_unit_test(test_map),          cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed),      cmocka_unit_test(test_matmul),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_staging),      cmocka_unit_test(test_recorded), cmocka_unit_test(test_map),          cmocka_unit_test(test_matmul_ends), cmocka_unit_test(test_pack_embed),      cmocka_unit_test(test_matmul),
                                        cmocka_unit_test(same_products),     cmocka_unit_test(test_large_inputs), cmocka_unit_test(test_activations), cmocka_unit_test(test_norms),           cmocka_unit_test(test_row_ops),
                                        cmocka_unit_test(test_moe),    cmocka_unit_test(same_decoding),     cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_attention_shapes), cmocka_unit_test(test_vision),
                                        cmocka_unit_test(test_refusals),      cmocka_unit_test(test_divided),        cmocka_unit_test(test_sample),          cmocka_unit_test(test_counts)};
