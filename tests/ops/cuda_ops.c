@@ -87,9 +87,8 @@ static void *brought(qvl__device *d, const void *host, size_t size) {
 }
 
 /* A step that repeats gives the same again, and a buffer that goes while it runs waits for it. */
-static void recorded_body(qvl__device *d) {
+static void check_recorded(qvl__device *gpu) {
     enum { ROWS = 9, N = 100 };
-    qvl__device *gpu = IN(d);
     float *numbers = random_floats(ROWS * N, 1), *zeros = must(calloc(ROWS * N, sizeof(float))), *want = floats(ROWS * N), *got = floats(ROWS * N);
     float *x = brought(gpu, numbers, FLOATS(ROWS * N)), *y = brought(gpu, zeros, FLOATS(ROWS * N));
     void *other = gpu->alloc(gpu, 1000);
@@ -102,12 +101,13 @@ static void recorded_body(qvl__device *d) {
         if (!(again = gpu->replay(gpu, key))) gpu->rms_norm(gpu, y, x, x, ROWS, N, 1e-6f), gpu->recorded(gpu);
         if (i == 2) gpu->free(gpu, other, 1000);
         gpu->get(gpu, got, y, FLOATS(ROWS * N));
-        check_bits("a recorded step", d->isa, want, got, ROWS * N);
+        check_bits("a recorded step", gpu->isa, want, got, ROWS * N);
     }
     assert_true(again);
     gpu->free(gpu, x, 1), gpu->free(gpu, y, 1);
     free(numbers), free(zeros), free(want), free(got);
 }
+static void recorded_body(qvl__device *d) { check_recorded(IN(d)); }
 static void test_recorded(void **state) {
     (void)state;
     each_level(1, false, recorded_body);
@@ -121,10 +121,17 @@ typedef struct {
     qvl__type type;
     const float *table, *qkv, *qkv_b, *o, *gate_up, *down, *fc1, *fc1_b, *fc2, *fc2_b, *norm, *cos, *sin;
     const int32_t *ids, *seq, *pos, *blocks;
+    qvl__device *packer; /* NULL, or a CPU: GPUs take their parts out of what it has packed */
 } layer_case;
 
-static qvl__matrix divided(qvl__device *d, qvl__type type, int n, int k, qvl__role role, const float *w) {
+static qvl__matrix divided(qvl__device *d, qvl__device *packer, qvl__type type, int n, int k, qvl__role role, const float *w) {
     qvl__matrix m;
+    if (packer && type != QVL__F8 && !d->host_memory) {
+        qvl__matrix whole = new_matrix(packer, type, n, k, role.gate_up, w);
+        if (d->matrix_map(d, &m, type, n, k, role, whole.data, whole.bytes)) fail_msg("%s", qvl_last_error());
+        packer->matrix_free(packer, &whole);
+        return m;
+    }
     float *as = floats((size_t)(n * k)); /* the CPU has no F8, but its numbers */
     if (type == QVL__F8) free(fp8_rows(w, n, k, as));
     if (type == QVL__F8 && !d->fp8) w = as, type = QVL__F32;
@@ -137,13 +144,13 @@ static qvl__matrix divided(qvl__device *d, qvl__type type, int n, int k, qvl__ro
 
 static float *run_layer(qvl__device *d, const layer_case *c) {
     int h = c->hidden, n = c->head_dim, q = c->heads * n, all = q + 2 * c->kv_heads * n, wide = c->inter > all ? c->inter : all, rows = c->rows;
-    qvl__matrix m[] = {divided(d, c->type, c->vocab, h, (qvl__role){QVL__TABLE, false, 0, 0}, c->table),
-                       divided(d, c->type, all, h, (qvl__role){QVL__BY_HEAD, false, n, c->kv_heads}, c->qkv),
-                       divided(d, c->type, h, q, (qvl__role){QVL__BY_INPUT, false, n, 0}, c->o),
-                       divided(d, c->type, 2 * c->inter, h, (qvl__role){QVL__BY_OUTPUT, true, 0, 0}, c->gate_up),
-                       divided(d, c->type, h, c->inter, (qvl__role){QVL__BY_INPUT, false, 0, 0}, c->down),
-                       divided(d, c->type, c->inter, h, (qvl__role){QVL__BY_OUTPUT, false, 0, 0}, c->fc1),
-                       divided(d, c->type, h, c->inter, (qvl__role){QVL__BY_INPUT, false, 0, 0}, c->fc2)};
+    qvl__matrix m[] = {divided(d, c->packer, c->type, c->vocab, h, (qvl__role){QVL__TABLE, false, 0, 0}, c->table),
+                       divided(d, c->packer, c->type, all, h, (qvl__role){QVL__BY_HEAD, false, n, c->kv_heads}, c->qkv),
+                       divided(d, c->packer, c->type, h, q, (qvl__role){QVL__BY_INPUT, false, n, 0}, c->o),
+                       divided(d, c->packer, c->type, 2 * c->inter, h, (qvl__role){QVL__BY_OUTPUT, true, 0, 0}, c->gate_up),
+                       divided(d, c->packer, c->type, h, c->inter, (qvl__role){QVL__BY_INPUT, false, 0, 0}, c->down),
+                       divided(d, c->packer, c->type, c->inter, h, (qvl__role){QVL__BY_OUTPUT, false, 0, 0}, c->fc1),
+                       divided(d, c->packer, c->type, h, c->inter, (qvl__role){QVL__BY_INPUT, false, 0, 0}, c->fc2)};
     void *host = must(calloc((size_t)(rows * (wide + c->vocab)), sizeof(float)));
     float *x = brought(d, host, FLOATS(rows * h)), *y = brought(d, host, FLOATS(rows * wide)), *z = brought(d, host, FLOATS(rows * wide)), *out = brought(d, host, FLOATS(rows * c->vocab));
     float *norm = brought(d, c->norm, FLOATS(n)), *cs = brought(d, c->cos, FLOATS(rows * n / 2)), *sn = brought(d, c->sin, FLOATS(rows * n / 2));
@@ -187,6 +194,34 @@ static void check_put(qvl__device *d) {
     d->free(d, p, N), free(host);
 }
 
+/* What the caller's thread does at once, weights and buffers, waits for what the threads of the GPUs have still to do. */
+static void check_order(qvl__device *d) {
+    enum { N = 40, K = 64, TIMES = 60 };
+    float numbers[N * K], got[N * K];
+    int32_t ids[N];
+    void *more[TIMES];
+    for (int i = 0; i < N * K; i++) numbers[i] = 1;
+    for (int i = 0; i < N; i++) ids[i] = i;
+    qvl__matrix m = divided(d, NULL, QVL__BF16, N, K, (qvl__role){QVL__TABLE, false, 0, 0}, numbers);
+    float *x = brought(d, numbers, sizeof numbers), *y = brought(d, numbers, sizeof numbers), *z = brought(d, numbers, sizeof numbers);
+    int32_t *at = brought(d, ids, sizeof ids);
+    for (int i = 0; i < N * K; i++) numbers[i] = 2;
+    for (int i = 0; i < TIMES; i++) d->rms_norm(d, y, x, x, 1, K, 1e-6f);
+    d->embed(d, z, &m, at, N);
+    put_floats(d, &m, 0, N, numbers);
+    d->get(d, got, z, sizeof got);
+    for (int i = 0; i < N * K; i++) assert_true(got[i] == 1);
+    for (int i = 0; i < TIMES; i++) d->rms_norm(d, y, x, x, 1, K, 1e-6f);
+    for (int i = 0; i < TIMES; i++) assert_non_null(more[i] = d->alloc(d, 1));
+    assert_int_equal(d->sync(d), 0);
+    for (int i = 0; i < TIMES; i++) d->free(d, more[i], 1);
+    for (int i = 0; i < TIMES; i++) d->rms_norm(d, y, x, x, 1, K, 1e-6f);
+    d->free(d, y, 1);
+    assert_int_equal(d->sync(d), 0);
+    d->matrix_free(d, &m);
+    d->free(d, x, 1), d->free(d, z, 1), d->free(d, at, 1);
+}
+
 /* As on one CPU; again, the same bits. False: there are not so many GPUs. */
 static bool check_divided(qvl__pool *pool, qvl__device *cpu, int gpus, const layer_case *c) {
     qvl__device_options o = options;
@@ -197,6 +232,7 @@ static bool check_divided(qvl__pool *pool, qvl__device *cpu, int gpus, const lay
         return false;
     }
     check_put(d);
+    if (c->rows == 1 && c->type == QVL__F32) check_order(d), check_recorded(d);
     float *want = run_layer(cpu, c), *got = run_layer(d, c), *again = run_layer(d, c);
     size_t n = (size_t)(c->rows * c->vocab);
     double square = 0, off = 0;
@@ -221,6 +257,7 @@ static void test_divided(void **state) {
         for (int shape = 0; shape < 3; shape++) {
             /* keys of two heads; of one, that all GPUs have; as many as queries, with a bias. Odd sizes where they may be. */
             layer_case c = {.hidden = 100, .head_dim = 32, .heads = 4, .kv_heads = shape == 0 ? 2 : shape == 1 ? 1 : 4, .type = matrix_types[t]};
+            c.packer = shape == 1 ? cpu : NULL;
             c.rows = shape == 0 ? 1 : shape == 1 ? 9 : 70, c.inter = shape == 2 ? 160 : 208, c.vocab = 301;
             int all = (c.heads + 2 * c.kv_heads) * c.head_dim, q = c.heads * c.head_dim, h = c.hidden;
             float *w[] = {random_floats((size_t)(c.vocab * h), 1), random_floats((size_t)(all * h), 0.2f), random_floats((size_t)(h * q), 0.2f),
