@@ -281,8 +281,8 @@ static void test_divided(void **state) {
 
 static const char *pick(const char *const *from, int n) { return from[random_below(n)]; }
 
-/* A sampler with options at random, and some of the tokens so far. */
-static void random_sampler(qvl__sampler *s, const qvl__sample_scratch *scratch, int vocab) {
+/* A sampler with options at random (all: with none, so that every token may be taken), and some of the tokens so far. */
+static void random_sampler(qvl__sampler *s, const qvl__sample_scratch *scratch, int vocab, bool all) {
     static const char *const temperatures[] = {"0", "0.3", "0.7", "1", "2"}, *const top_p[] = {"0", "0.3", "0.8", "0.95", "1"}, *const top_k[] = {"0", "1", "5", "20", "100000"},
                             *const min_p[] = {"0", "0", "0.05", "1"}, *const penalty[] = {"1", "1", "1.3", "0.8"}, *const presence[] = {"0", "0", "1.5", "-1"};
     qvl__generation_config plain = {.temperature = 1, .top_p = 1, .repetition_penalty = 1};
@@ -291,10 +291,12 @@ static void random_sampler(qvl__sampler *s, const qvl__sample_scratch *scratch, 
     assert_int_equal(qvl_options_new(&o), 0);
     snprintf(number, sizeof number, "%u", random_u32());
     qvl_options_set(o, "seed", number);
-    qvl_options_set(o, "temperature", pick(temperatures, 5)), qvl_options_set(o, "top_p", pick(top_p, 5)), qvl_options_set(o, "top_k", pick(top_k, 5));
-    qvl_options_set(o, "min_p", pick(min_p, 4)), qvl_options_set(o, "repetition_penalty", pick(penalty, 4)), qvl_options_set(o, "presence_penalty", pick(presence, 4));
-    qvl_options_set(o, "frequency_penalty", pick(presence, 4));
-    if (random_below(2)) qvl_options_set(o, "logit_bias", vocab > 7 ? "{\"0\": 14, \"7\": 15, \"3\": 13}" : "{\"0\": 14}");
+    if (!all) {
+        qvl_options_set(o, "temperature", pick(temperatures, 5)), qvl_options_set(o, "top_p", pick(top_p, 5)), qvl_options_set(o, "top_k", pick(top_k, 5));
+        qvl_options_set(o, "min_p", pick(min_p, 4)), qvl_options_set(o, "repetition_penalty", pick(penalty, 4)), qvl_options_set(o, "presence_penalty", pick(presence, 4));
+        qvl_options_set(o, "frequency_penalty", pick(presence, 4));
+        if (random_below(2)) qvl_options_set(o, "logit_bias", vocab > 7 ? "{\"0\": 14, \"7\": 15, \"3\": 13}" : "{\"0\": 14}");
+    }
     int32_t prompt[20];
     for (int i = 0; i < 20; i++) prompt[i] = random_below(vocab);
     assert_int_equal(qvl__sampler_init(s, scratch, o, &plain, vocab, prompt, 20), 0);
@@ -317,7 +319,7 @@ static void random_logits(float *x, int vocab, int kind) {
 }
 
 /* The device takes what qvl__sample takes, row by row, all rows of a launch with samplers of their own. */
-static void sample_rows(qvl__device *d, int vocab, int limit, int rows) {
+static void sample_rows(qvl__device *d, int vocab, int limit, int rows, bool small) { /* small: tokens that weigh little, and all of them */
     qvl__sample_scratch scratch;
     qvl__sampler samplers[16];
     qvl__draw draws[16];
@@ -331,8 +333,8 @@ static void sample_rows(qvl__device *d, int vocab, int limit, int rows) {
         float *x = logits + (size_t)row * (size_t)vocab;
         uint64_t position = random_u32();
         qvl__choice c;
-        random_sampler(&samplers[i], &scratch, vocab);
-        random_logits(x, vocab, random_below(16));
+        random_sampler(&samplers[i], &scratch, vocab, small);
+        random_logits(x, vocab, small ? 15 : random_below(15));
         assert_true(qvl__sampler_draw(&samplers[i], banned, n_banned, position, &draws[i], changed + changes, 16 * 64 - changes));
         draws[i].row = row, draws[i].first = changes, changes += draws[i].bias + draws[i].seen + draws[i].banned;
         memcpy(copy, x, FLOATS(vocab));
@@ -366,9 +368,10 @@ static void test_sample(void **state) {
     for (int i = 0; i < 120; i++) {
         static const int sizes[] = {1, 2, 31, 33, 1000, 1024, 1025, 2816, 5003};
         int vocab = sizes[random_below(9)];
-        sample_rows(d, vocab, random_below(3) ? vocab : vocab - random_below(vocab), 1 + random_below(16));
+        sample_rows(d, vocab, random_below(3) ? vocab : vocab - random_below(vocab), 1 + random_below(16), false);
     }
-    sample_rows(d, 151936, 151669, 3);
+    for (int i = 0; i < 4; i++) sample_rows(d, 5003, 5003, 16, true);
+    sample_rows(d, 151936, 151669, 3, false);
     d->close(d);
     qvl__pool_free(pool);
 }
@@ -410,7 +413,7 @@ static void counts_body(qvl__device *d) {
     d->rms_norm(d, y, x, w, 4, 2560, 1e-6f), d->layer_norm(d, y, x, w, w, 4, 2560, 1e-6f);
     for (int i = 0; i < 4 * 2560; i++) assert_true(isfinite(y[i]));
     free(x), free(w), free(y);
-    sample_rows(IN(d), 5003, 5003, 2);
+    sample_rows(IN(d), 5003, 5003, 2, false);
 }
 static void test_counts(void **state) {
     (void)state;
