@@ -26,7 +26,10 @@ CFLAGS_ALL = -std=c11 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=of
 LDLIBS_ALL = $(PKG_LIBS) -lm -pthread -ldl
 
 ifeq ($(CONFIG),asan)
-SAN := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -O1
+SAN := -fsanitize=address -fno-omit-frame-pointer -O1
+endif
+ifeq ($(CONFIG),ubsan)
+SAN := -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all -O1
 endif
 ifeq ($(CONFIG),fuzz)
 SAN := -fsanitize=address,fuzzer-no-link -O1
@@ -272,12 +275,16 @@ check: test ## the same as test: tests, lint and ABI together
 
 # ---- sanitizers: the same tests, compiled to catch what tests cannot see ----
 
-.PHONY: check-asan check-oom check-tsan check-long
-check-asan: ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer (and LeakSanitizer for the C ones)
+.PHONY: check-asan check-ubsan check-oom check-tsan check-long
+check-asan: ## all tests under AddressSanitizer (and LeakSanitizer for the C ones)
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory CONFIG=asan -j$$(nproc) all unit-build
 	@$(MAKE) --no-print-directory CONFIG=asan unit fuzz-replay serve-test
 	@ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) $(MAKE) --no-print-directory CONFIG=asan pytest
+check-ubsan: ## all tests under UndefinedBehaviorSanitizer
+	@tools/deps.sh test
+	@$(MAKE) --no-print-directory CONFIG=ubsan -j$$(nproc) all unit-build
+	@$(MAKE) --no-print-directory CONFIG=ubsan unit fuzz-replay pytest
 check-oom: ## every single allocation of a whole run made to fail
 	@tools/deps.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) build/release/tests/engine/test_oom
