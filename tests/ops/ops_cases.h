@@ -174,54 +174,6 @@ static qvl__matrix new_matrix(qvl__device *d, qvl__type type, int n, int k, bool
     return m;
 }
 
-/* ---- packing and embed ---- */
-
-static void pack_body(qvl__device *d) {
-    static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__F16};
-    const int n = 53, k = 131;
-    float *w = random_floats((size_t)n * k, 3.0f);
-    /* Ties, subnormals, the ends of the range and signed zero. */
-    static const float special[] = {0.0f, -0.0f, 1.00390625f, 1.01171875f, 65504.0f, 65519.0f, 6.1e-5f, 5.9e-8f, 2.98e-8f,
-        1.00048828125f,
-                                    1.00146484375f, -1e-7f, 1e-39f, 3.3e38f, 65535.0f};
-    memcpy(w, special, sizeof special);
-    for (int from = 0; from < 3; from++)
-        for (int to = 0; to < 3; to++) {
-            float *src = floats((size_t)n * k);
-            for (int i = 0; i < n * k; i++) src[i] = rounded(w[i], types[from]);
-            for (int i = 0; i < n * k; i++)
-                if (!isfinite(src[i])) src[i] = 1.0f;
-            char *bytes = encode(src, (size_t)n * k, types[from]);
-            qvl__matrix m;
-            assert_int_equal(d->matrix_new(d, &m, types[to], n, k, (qvl__role){0}), 0);
-            for (int f = 0; f < n;) { /* in uneven pieces */
-                int count = 1 + random_below(20);
-                if (count > n - f) count = n - f;
-                d->matrix_put(d, &m, f, count, types[from], bytes + (size_t)f * k * qvl__type_size(types[from]));
-                f += count;
-            }
-            int32_t ids[53];
-            for (int i = 0; i < n; i++) ids[i] = n - 1 - i;
-            float *y = floats((size_t)n * k);
-            d->embed(d, y, &m, ids, n);
-            for (int r = 0; r < n; r++)
-                for (int i = 0; i < k; i++) {
-                    float want = rounded(src[(size_t)ids[r] * k + i], types[to]), got = y[(size_t)r * k + i];
-                    if (memcmp(&want, &got, 4) != 0) fail_msg("%d to %d: %.9g became %.9g, not %.9g", from, to,
-                        (double)src[(size_t)ids[r] * k + i], (double)got, (double)want);
-                }
-            d->matrix_free(d, &m);
-            free(y);
-            free(bytes);
-            free(src);
-        }
-    free(w);
-}
-static void test_pack_embed(void **state) {
-    (void)state;
-    each_level(2, false, pack_body);
-}
-
 /* ---- matmul ---- */
 
 static double reference_finish(qvl__epilogue e, double v, double y, double up) {
