@@ -586,7 +586,7 @@ static void moe_case(qvl__device *d, qvl__type type, int rows, int n, int top, i
 static void moe_body(qvl__device *d) {
     static const struct {
         int rows, experts, top, hidden, inter;
-    } cases[] = {{1, 6, 2, 70, 33}, {7, 9, 3, 96, 64}, {150, 5, 2, 131, 47}, {130, 3, 3, 64, 96}};
+    } cases[] = {{1, 6, 2, 70, 33}, {7, 9, 3, 96, 64}, {150, 5, 2, 131, 47}, {300, 3, 3, 64, 96}};
     for (int t = 0; t < N_MATRIX_TYPES; t++)
         for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) moe_case(d, matrix_types[t], cases[i].rows, cases[i].experts, cases[i].top, cases[i].hidden, cases[i].inter, cases[i].rows);
 }
