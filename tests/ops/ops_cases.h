@@ -310,12 +310,15 @@ static void matmul_ends_body(qvl__device *d) {
     for (int t = 3; t < N_MATRIX_TYPES; t++)
         for (int sign = -1; sign <= 1; sign += 2) {
             for (int i = 0; i < N * K; i++) w[i] = (float)sign * 3.0f;
-            for (int i = 0; i < ROWS * K; i++) x[i] = i / K % 2 ? -5.0f : 5.0f;
             qvl__matrix m = new_matrix(d, matrix_types[t], N, K, false, w);
-            d->matmul(d, y, x, ROWS, &m, NULL, QVL__EPI_NONE);
-            for (int i = 0; i < ROWS * N; i++) {
-                double want = (double)sign * 3.0 * 5.0 * K * (i / N % 2 ? -1 : 1);
-                check_near("integers at their ends", d->isa, y[i], want, 0.004 * fabs(want)); /* bf16 scale: 2^-8 */
+            static const int ends[] = {8, 119, 120, 127}; /* of 127 steps: where halves of 4 bits end, and all of them */
+            for (size_t e = 0; e < sizeof ends / sizeof *ends; e++) {
+                for (int i = 0; i < ROWS * K; i++) x[i] = (float)((i / K % 2 ? -1 : 1) * (i % QVL__GROUP ? ends[e] : 127));
+                d->matmul(d, y, x, ROWS, &m, NULL, QVL__EPI_NONE);
+                for (int i = 0; i < ROWS * N; i++) {
+                    double want = sign * 3.0 * (i / N % 2 ? -1 : 1) * (K / QVL__GROUP) * (127 + (QVL__GROUP - 1) * ends[e]);
+                    check_near("integers at their ends", d->isa, y[i], want, 0.004 * fabs(want)); /* bf16 scale: 2^-8 */
+                }
             }
             x[3 * K + 40] = sign < 0 ? NAN : INFINITY;
             d->matmul(d, y, x, ROWS, &m, NULL, QVL__EPI_NONE);

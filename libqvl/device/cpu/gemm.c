@@ -124,7 +124,7 @@ static void plan_packing(job *j) {
     j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;
     j->block = w->type == QVL__F32 || j->widen ? QVL__GEMM_K : 2 * QVL__GEMM_K;
     if (!many) j->block = qvl__div_up(w->k, QVL__GROUP) * QVL__GROUP; /* all of it */
-    size_t one = j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : 1;
+    size_t one = j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : w->type == QVL__Q8 ? (size_t)j->k->q8_bytes : 1;
     j->scales = (size_t)j->block * one;
     j->stride = j->scales + (j->form == INTS ? (size_t)j->block / QVL__GROUP * 8 : 0);
     j->stride = (j->stride + 63) / 64 * 64 + 64; /* whole lines, and never a power of two */

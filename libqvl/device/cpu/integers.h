@@ -23,26 +23,36 @@
 #else
 #define INT_PAIRS 0
 #endif
+#define INT_BYTES(q8) (INT_PAIRS && (q8) ? 2 : 1) /* of an activation */
 
 #if HAVE_INT && !defined(QVL__SIMD_EMULATE)
 /* Four neighbours in k for each of W columns, times four activations that are the same for all columns. A step is one load
  * of weights: 4 in k (Q8), or 4 in the low halves and 4 in the high ones (Q4). */
+enum { LOW = 1, HIGH = 2 }; /* halves of Q8's activations, where they are cut */
 #if INT_PAIRS
-/* vpmaddubsw adds pairs into 16 bits, and the 16 products of a half lane still fit when one side has 4 bits: 16 * 15 * 127,
- * or with what was added taken away 16 * 8 * 127. (On the way a sum may wrap, which takes nothing from the end.) So the
- * halves of Q8's bytes are summed apart and meet at the end. */
+/* vpmaddubsw adds pairs into 16 bits, and the 16 products of a half lane still fit when one side has 4 bits: for Q4, 16 * 15 * 127,
+ * or with what was added taken away 16 * 8 * 127. (On the way a sum may wrap, which takes nothing from the end.) For Q8 the
+ * activations have their 4 bits apart: a = 16 h + l with h and l in -8..8, 16 * 255 * 8 at most, and the two sums meet at the
+ * end. They are cut once for a row where weights would have to be cut each time they are read. */
 typedef struct {
     vint s, low; /* low: Q8 only */
 } isum;
 INLINE isum int_start(vint start) { return (isum){start, vint_set(0)}; }
-INLINE void int_step(const int q8, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
-    (void)x;
-    vint y = vint_four(a + 4 * step);
-    if (q8) s->low = vint_add16(s->low, vint_maddubs(lo, y));
-    else s->s = vint_add16(s->s, vint_maddubs(lo, y));
-    s->s = vint_add16(s->s, vint_maddubs(hi, q8 ? y : vint_four(a + 4 * step + 16)));
-    KEEP(s->s);
-    if (q8) KEEP(s->low);
+INLINE void int_step(const int q8, const int parts, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
+    if (!q8) {
+        s->s = vint_add16(s->s, vint_maddubs(lo, vint_four(a + 4 * step)));
+        s->s = vint_add16(s->s, vint_maddubs(hi, vint_four(a + 4 * step + QVL__GROUP / 2)));
+        KEEP(s->s);
+        return;
+    }
+    if (parts & LOW) {
+        s->low = vint_add16(s->low, vint_maddubs(x, vint_four(a + 4 * step)));
+        KEEP(s->low);
+    }
+    if (parts & HIGH) {
+        s->s = vint_add16(s->s, vint_maddubs(x, vint_four(a + 4 * step + QVL__GROUP)));
+        KEEP(s->s);
+    }
 }
 INLINE vint int_total(const int q8, const isum *s) {
     vint t = vint_madd(s->s, vint_set(q8 ? 0x00100010 : 0x00010001));
@@ -53,7 +63,8 @@ typedef struct {
     vint s;
 } isum;
 INLINE isum int_start(vint start) { return (isum){start}; }
-INLINE void int_step(const int q8, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
+INLINE void int_step(const int q8, const int parts, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
+    (void)parts;
     s->s = vint_dot(s->s, q8 ? x : lo, vint_four(a + 4 * step));
     if (!q8) s->s = vint_dot(s->s, hi, vint_four(a + 4 * step + 16));
     KEEP(s->s);
@@ -67,17 +78,41 @@ INLINE vint int_total(const int q8, const isum *s) {
 #define AHEAD 1024 /* bytes */
 #define INT_HELD (W == 16) /* 32 registers hold the float sums of a tile beside its integer ones */
 
+/* The products of a group. */
+INLINE void int_steps(const int q8, const int parts, const int mr, const int v0, const int nv, isum s[6][4], const char *b, size_t bs, const char *q,
+                      size_t stride) {
+    for (int half = 0; half < (q8 ? 2 : 1); half++)
+#pragma GCC unroll 4
+        for (int quarter = 0; quarter < 4; quarter++) {
+            const int step = 4 * half + quarter;
+            vint x[4], lo[4], hi[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < nv; j++) {
+                x[j] = vint_load(b + (size_t)((v0 + j) / VP) * bs + (size_t)((v0 + j) % VP) * 4 * W + (size_t)step * 4 * PANEL);
+                lo[j] = vint_low(x[j]);
+                hi[j] = vint_high(x[j]);
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < nv; j++) int_step(q8, parts, &s[i][j], x[j], lo[j], hi[j], q + (size_t)i * stride, step);
+        }
+}
+
 /* mr rows by nv vectors from vector v0 of the panels on. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
                      size_t bs, int all_groups, int g0, int groups, ahead next) {
     const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
     const size_t from_line = body / 64 * (size_t)next.part / (size_t)next.parts * 64, to_line = body / 64 * (size_t)(next.part + 1) / (size_t)next.parts * 64;
+    const size_t stride = a->stride;
+    const char *q = (const char *)a->q + (size_t)row * stride, *start = (const char *)a->start + (size_t)row * stride;
+    const char *by = (const char *)a->scale + (size_t)row * stride;
     vf sum[6][4]; /* INT_HELD: in registers all the time */
 #pragma GCC unroll 6
     for (int i = 0; INT_HELD && i < mr; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) sum[i][j] = vload(c + (size_t)i * ldc + (v0 + j) * W);
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups; g++, q += QVL__GROUP * INT_BYTES(q8), start += 4, by += 4) {
         /* One row: weights stream from memory. Where a group takes long, the hardware looks ahead less far than memory is away;
          * with VNNI it does not, and asking for lines would only delay others. */
         for (int j = 0; !HAVE_VNNI && mr == 1 && j < nv; j++) {
@@ -87,39 +122,26 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
         for (int j = v0; next.at && j < v0 + nv; j += VP)
             for (size_t i = from_line; i < to_line; i += 64) __builtin_prefetch(next.at + (size_t)(j / VP) * bs + head + (size_t)(g0 + g) * body + i);
         isum s[6][4];
-        const char *q = (const char *)a->q + (size_t)row * a->stride + (size_t)g * QVL__GROUP;
-        const int32_t *start = (const int32_t *)(const void *)((const char *)a->start + (size_t)row * a->stride) + g;
-        const float *by = (const float *)(const void *)((const char *)a->scale + (size_t)row * a->stride) + g;
 #pragma GCC unroll 6
         for (int i = 0; i < mr; i++) {
-            vint from = vint_set(start[(size_t)i * (a->stride / 4)]);
+            vint from = vint_four(start + (size_t)i * stride);
 #pragma GCC unroll 4
             for (int j = 0; j < nv; j++) s[i][j] = int_start(from);
         }
-        for (int half = 0; half < (q8 ? 2 : 1); half++)
-#pragma GCC unroll 4
-            for (int quarter = 0; quarter < 4; quarter++) {
-                const int step = 4 * half + quarter;
-                vint x[4], lo[4], hi[4];
-#pragma GCC unroll 4
-                for (int j = 0; j < nv; j++) {
-                    const char *panel = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body;
-                    x[j] = vint_load(panel + (size_t)((v0 + j) % VP) * 4 * W + (size_t)step * 4 * PANEL);
-                    lo[j] = vint_low(x[j]);
-                    hi[j] = vint_high(x[j]);
-                }
-#pragma GCC unroll 6
-                for (int i = 0; i < mr; i++)
-#pragma GCC unroll 4
-                    for (int j = 0; j < nv; j++) int_step(q8, &s[i][j], x[j], lo[j], hi[j], q + (size_t)i * a->stride, step);
-            }
+        const char *weights = b + head + (size_t)(g0 + g) * body;
+        if (INT_PAIRS && W == 8 && q8 && mr > 1) { /* 16 registers hold one sum of each: weights are read twice */
+            int_steps(q8, LOW, mr, v0, nv, s, weights, bs, q, stride);
+            int_steps(q8, HIGH, mr, v0, nv, s, weights, bs, q, stride);
+        } else {
+            int_steps(q8, LOW | HIGH, mr, v0, nv, s, weights, bs, q, stride);
+        }
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) {
             vf scale = vload_bf16((const uint16_t *)(const void *)(b + (size_t)((v0 + j) / VP) * bs) + (size_t)(g0 + g) * PANEL + (v0 + j) % VP * W);
 #pragma GCC unroll 6
             for (int i = 0; i < mr; i++) {
                 float *to = c + (size_t)i * ldc + (v0 + j) * W;
-                vf more = vint_float(int_total(q8, &s[i][j])), times = vmul(scale, vset(by[(size_t)i * (a->stride / 4)]));
+                vf more = vint_float(int_total(q8, &s[i][j])), times = vmul(scale, vset(*(const float *)(const void *)(by + (size_t)i * stride)));
                 if (INT_HELD) sum[i][j] = vfma(more, times, sum[i][j]);
                 else vstore(to, vfma(more, times, vload(to)));
             }
@@ -168,14 +190,8 @@ typedef void int_fn(float *c, size_t ldc, const qvl__ints *a, int row, const cha
 #define INT_TILE(Q, M, NAME, NP, NV)                                                                                           \
     static void int_##Q##_##M##_##NAME(float *c, size_t ldc, const qvl__ints *a, int row, const char *b, size_t bs, int all_groups, \
                                        int g0, int groups, ahead next) {                                                       \
-        const int nv = INT_WIDTH(Q, NV);                                                                                       \
-        for (int v = 0; v < NP * VP; v += nv) int_tile(Q == 8, M, v, nv, c, ldc, a, row, b, bs, all_groups, g0, groups, next);  \
+        for (int v = 0; v < NP * VP; v += NV) int_tile(Q == 8, M, v, NV, c, ldc, a, row, b, bs, all_groups, g0, groups, next);  \
     }
-#if INT_PAIRS /* Q8 takes two registers for each sum, of which there are 16 or 32 */
-#define INT_WIDTH(Q, NV) (Q == 8 && NV > 1 && NV > W / 8 ? NV / 2 : NV)
-#else
-#define INT_WIDTH(Q, NV) NV
-#endif
 #define INT_LEAST(NV) (NV < VP ? NV : VP)
 #define INT_TILES(M, NP, NV)                                                              \
     INT_TILE(8, M, wide, NP, NV) INT_TILE(8, M, one, 1, INT_LEAST(NV)) INT_TILE(4, M, wide, NP, NV) INT_TILE(4, M, one, 1, INT_LEAST(NV))
@@ -215,7 +231,7 @@ static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, c
 /* Where the accumulators of a group start: what was added to the weights, taken away again. */
 INLINE int32_t int_from(const int q8, const int8_t *q, int32_t sum) {
 #if INT_PAIRS
-    (void)q8; /* the high half of a Q8 weight stands 8 too high, as a Q4 weight does */
+    (void)q8; /* Q8: 128 are 8 of the high sum's 16 */
     int32_t first = 0; /* what falls to the low half of a lane */
     for (int i = 0; i < QVL__GROUP; i += 4) first += q[i] + q[i + 1];
     return (int32_t)((uint32_t)(uint16_t)(-8 * first) | (uint32_t)(uint16_t)(-8 * (sum - first)) << 16);
@@ -227,12 +243,16 @@ INLINE int32_t int_from(const int q8, const int8_t *q, int32_t sum) {
 
 /* Activations to integers, group by group; what lies past k in the last group is zero. */
 static void quantize_rows(qvl__type type, int8_t *q, float *scale, int32_t *start, const float *x, int k) {
-    for (int g = 0; g * QVL__GROUP < k; g++, q += QVL__GROUP, x += QVL__GROUP) {
+    for (int g = 0; g * QVL__GROUP < k; g++, q += QVL__GROUP * INT_BYTES(type == QVL__Q8), x += QVL__GROUP) {
         int n = k - g * QVL__GROUP;
         int32_t sum;
         if (n < QVL__GROUP) memset(q, 0, QVL__GROUP);
         scale[g] = n < QVL__GROUP ? quantize_sum(q, x, n, &sum) : quantize_sum(q, x, QVL__GROUP, &sum);
         start[g] = int_from(type == QVL__Q8, q, sum);
+        if (INT_BYTES(type == QVL__Q8) == 2) { /* the low halves of a group, then the high ones */
+            for (int i = 0; i < QVL__GROUP; i++) q[QVL__GROUP + i] = (int8_t)((q[i] + 8) >> 4);
+            for (int i = 0; i < QVL__GROUP; i++) q[i] = (int8_t)(q[i] - 16 * q[QVL__GROUP + i]);
+        }
     }
 }
 

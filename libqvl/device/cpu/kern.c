@@ -531,6 +531,7 @@ static uint64_t peak_dot(int rounds) {
 /* What int_step does for each load of activations. */
 static uint64_t peak_int(const bool q8, int rounds) {
     vint s[CHAINS], x = vint_set(0x01020304), y = vint_set(0x04030201);
+#pragma GCC unroll 12
     for (int j = 0; j < CHAINS; j++) s[j] = vint_set(j);
     for (int i = 0; i < rounds; i++) {
         HOLD(y);
@@ -545,6 +546,7 @@ static uint64_t peak_int(const bool q8, int rounds) {
         }
     }
     volatile float sink = 0;
+#pragma GCC unroll 12
     for (int j = 0; j < CHAINS; j++) sink += vsum(vint_float(s[j]));
     return CHAINS * W * 8 / (INT_PAIRS && q8 ? 2 : 1); /* Q8's two halves of bytes apart */
 }
@@ -566,6 +568,7 @@ int ISA_INIT(struct qvl__kern *k) {
         .isa = ISA_NAME,
         .mr = MR,
         .np = NP4,
+        .q8_bytes = INT_BYTES(1),
         .widen_first = WIDEN_FIRST,
         .gemm = gemm,
 #if HAVE_DOT

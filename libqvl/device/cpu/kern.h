@@ -17,7 +17,8 @@
 #define QVL__INT_HEAD(groups) (((size_t)(groups) * QVL__PANEL * 2 + 63) / 64 * 64)
 
 /* Rows of activations as integers of -127..127; for each group a scale, and where its integer sum starts (which is the
- * level's own business: int_from in integers.h). All three lie stride bytes from row to row (a multiple of 4). */
+ * level's own business: int_from in integers.h; so is how an integer that meets Q8 is written). All three lie stride bytes
+ * from row to row (a multiple of 4). */
 typedef struct {
     const int8_t *q;
     const float *scale;
@@ -29,6 +30,7 @@ struct qvl__kern {
     const char *isa;
     int mr; /* rows of the largest tile */
     int np; /* panels of the tile of mr rows */
+    int q8_bytes; /* of an activation that meets Q8 weights, as quantize_rows writes it */
     bool widen_first; /* many rows: weights of 16 bits are widened to scratch once, rather than in registers by each tile */
 
     /* c[r][16 p + j] = sum over i = 0..k-1, in that order and into one accumulator, of a[r][i] * panel p [i][j]. With

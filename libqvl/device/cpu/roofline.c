@@ -207,8 +207,8 @@ static void quantize_task(void *ctx, int task, int worker) {
     (void)worker;
     bench *b = ((job *)ctx)->b;
     for (int r = qvl__cpu_cut(LONG_ROWS, task, PIECES); r < qvl__cpu_cut(LONG_ROWS, task + 1, PIECES); r++) {
-        char *to = b->region + REGION / 2 + (size_t)r * INPUTS * 2;
-        float *scale = (float *)(void *)(to + INPUTS);
+        char *to = b->region + REGION / 2 + (size_t)r * INPUTS * 3;
+        float *scale = (float *)(void *)(to + INPUTS * b->k->q8_bytes);
         b->k->quantize_rows(QVL__Q8, (int8_t *)to, scale, (int32_t *)(void *)(scale + INPUTS / QVL__GROUP), (const float *)(const void *)b->region + (size_t)r * INPUTS, INPUTS);
     }
 }
@@ -228,7 +228,7 @@ static int rows_and_weights(bench *b) {
     double numbers = (double)LONG_ROWS * INPUTS;
     int rc = report(b, "rms_norm", "f32", LONG_ROWS, best_of(run_rms, &j), 8 * numbers, 4 * numbers, QVL__F32);
     if (rc == 0) rc = report(b, "layer_norm", "f32", LONG_ROWS, best_of(run_layer, &j), 8 * numbers, 7 * numbers, QVL__F32);
-    if (rc == 0) rc = report(b, "quantize_rows", "int8", LONG_ROWS, best_of(run_quantize, &j), numbers * (4 + 1 + 8.0 / QVL__GROUP), 0, QVL__F32);
+    if (rc == 0) rc = report(b, "quantize_rows", "int8", LONG_ROWS, best_of(run_quantize, &j), numbers * (4 + b->k->q8_bytes + 8.0 / QVL__GROUP), 0, QVL__F32);
     for (int i = 0; i < 3 && rc == 0; i++) { /* a bf16 checkpoint's rows into panels */
         if ((rc = b->d->matrix_new(b->d, &j.m[0], types[i], OUTPUTS, INPUTS, (qvl__role){0})) < 0) break;
         rc = report(b, "pack_weights", qvl__type_name(types[i]), OUTPUTS, best_of(run_put, &j), 2.0 * OUTPUTS * INPUTS + (double)j.m[0].bytes, 0, QVL__F32);
