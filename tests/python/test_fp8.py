@@ -86,7 +86,12 @@ def made(request, tmp_path_factory):
 
 
 def logits(path, dtype):
-    model = qvl.Model(path, **DEVICE, dtype=dtype)
+    try:
+        model = qvl.Model(path, **DEVICE, dtype=dtype)
+    except qvl.Error as e:
+        if os.environ.get("QVL_TEST_GPUS", "1") != "1" and "in groups of 32" in str(e):
+            pytest.skip(str(e))  # widths of this checkpoint, which no part of a group of integers can follow
+        raise
     return model.logits(model.prompt([{"role": "user", "content": "Name three colours."}])), model
 
 

@@ -75,7 +75,10 @@ INLINE vint int_total(const int q8, const isum *s) {
 }
 #endif
 
-#define AHEAD 1024 /* bytes */
+/* One row asks for weights this far ahead, in bytes of a panel, and for the first groups of the next panels, which the hardware
+ * does not see coming; several rows, which take longer, ask for all of the next panels. */
+#define AHEAD (W == 8 ? 4096 : 1024)
+#define FIRST 4
 #define INT_HELD (W == 16) /* 32 registers hold the float sums of a tile beside its integer ones */
 
 /* The products of a group. */
@@ -113,14 +116,18 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) sum[i][j] = vload(c + (size_t)i * ldc + (v0 + j) * W);
     for (int g = 0; g < groups; g++, q += QVL__GROUP * INT_BYTES(q8), start += 4, by += 4) {
-        /* One row: weights stream from memory. Where a group takes long, the hardware looks ahead less far than memory is away;
-         * with VNNI it does not, and asking for lines would only delay others. */
-        for (int j = 0; !HAVE_VNNI && mr == 1 && j < nv; j++) {
+        for (int j = 0; mr == 1 && j < nv; j++) {
             const char *far = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * body / VP + AHEAD;
-            for (size_t i = 0; i < body / VP; i += 64) __builtin_prefetch(far + i);
+            for (size_t i = 0; i < body / VP; i += 64) TO_L2(far + i);
         }
-        for (int j = v0; next.at && j < v0 + nv; j += VP)
-            for (size_t i = from_line; i < to_line; i += 64) __builtin_prefetch(next.at + (size_t)(j / VP) * bs + head + (size_t)(g0 + g) * body + i);
+        for (int j = v0; next.at && j < v0 + nv; j += VP) {
+            const char *then = next.at + (size_t)(j / VP) * bs, *ints = then + head + (size_t)g0 * body;
+            if (next.part == 0 && g % 2 == 0) TO_L2(then + (size_t)(g0 + g) * PANEL * 2);
+            if (mr > 1)
+                for (size_t i = from_line; i < to_line; i += 64) TO_L2(ints + (size_t)g * body + i);
+            else
+                for (size_t i = 0; g + FIRST >= groups && i < body; i += 64) TO_L2(ints + (size_t)(g + FIRST - groups) * body + i);
+        }
         isum s[6][4];
 #pragma GCC unroll 6
         for (int i = 0; i < mr; i++) {
@@ -218,7 +225,7 @@ static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, c
     int wide = rows == 1 ? INT_NP1 : INT_NP;
     for (int p = 0, np; p < count; p += np) {
         np = count - p < wide ? 1 : wide;
-        ahead next = {rows > INT_MR && count - p > np ? (const char *)panels + (size_t)(p + np) * panel_bytes : NULL, 0, (rows + INT_MR - 1) / INT_MR};
+        ahead next = {count - p > np ? (const char *)panels + (size_t)(p + np) * panel_bytes : NULL, 0, (rows + INT_MR - 1) / INT_MR};
         for (int r = 0, mr; r < rows; r += mr, next.part++) {
             int left = rows - r; /* full tiles, and the last two alike; never one row of many, whose width is another */
             mr = left >= 2 * INT_MR ? INT_MR : left > INT_MR ? (left + 1) / 2 : left;

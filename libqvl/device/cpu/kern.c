@@ -17,11 +17,14 @@
 /* ---- matrix tiles ---- */
 
 /* While tiles of rows pass over some panels, the panels behind them come from memory: each of `parts` tiles asks for its part of
- * the lines. at: the next panels, NULL: none. */
+ * the lines. at: the next panels, NULL: none. They come to the second-level cache: the first one can wait for fewer lines at once
+ * than memory needs. */
 typedef struct {
     const char *at;
     int part, parts;
 } ahead;
+
+#define TO_L2(p) __builtin_prefetch(p, 0, 2)
 
 typedef void tile_fn(float *c, size_t ldc, const float *a, size_t lda, const char *b, size_t bs, int k, bool resume, ahead next);
 
@@ -38,7 +41,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
     if (type == QVL__BF16) {
         for (int p = 0; p + 1 < k; p += 2) {
             vu w[4 * VP];
-            for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * 2 * PANEL);
+            for (int j = from_panel; next.at && j < to_panel; j++) TO_L2(next.at + (size_t)j * bs + (size_t)p * 2 * PANEL);
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++)
                 w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)(j / VP) * bs) + (size_t)p * PANEL + j % VP * 2 * W);
@@ -68,7 +71,7 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
         for (int p = 0; p < k; p++) {
             vf x[4 * VP];
             for (int j = from_panel; next.at && j < to_panel; j++)
-                __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * PANEL * (type == QVL__F32 ? 4 : type == QVL__F16 ? 2 : 1));
+                TO_L2(next.at + (size_t)j * bs + (size_t)p * PANEL * (type == QVL__F32 ? 4 : type == QVL__F16 ? 2 : 1));
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++) {
                 const char *q = b + (size_t)(j / VP) * bs;
@@ -144,6 +147,8 @@ static void gemm(qvl__type type, float *c, size_t ldc, const float *a, size_t ld
             for (int p = 0; p < in_group; p += np) {
                 while (np > in_group - p) np /= 2;
                 if (next && rows <= MR) then.at = (const char *)next + (size_t)p * panel_bytes;
+                else if (W == 8 && rows > 1 && rows <= MR) /* slower than one row or wider vectors: there the hardware looks far enough */
+                    then.at = in_group - p > np ? (const char *)panels + (size_t)(g + p + np) * panel_bytes : NULL;
                 tiles[type][mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, a + (size_t)r * lda, lda,
                                     (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, k, resume, then);
             }
@@ -164,7 +169,7 @@ INLINE void dot_tile(const int mr, const int np, float *c, size_t ldc, const uin
         vu w[4];
 #pragma GCC unroll 8
         for (int j = 0; j < np; j++) w[j] = vload_pairs((const uint16_t *)(const void *)(b + (size_t)j * bs) + (size_t)p * 2 * PANEL);
-        for (int j = from_panel; next.at && j < to_panel; j++) __builtin_prefetch(next.at + (size_t)j * bs + (size_t)p * 4 * PANEL);
+        for (int j = from_panel; next.at && j < to_panel; j++) TO_L2(next.at + (size_t)j * bs + (size_t)p * 4 * PANEL);
 #pragma GCC unroll 8
         for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
