@@ -70,8 +70,9 @@ INLINE void tile(const int type, const int mr, const int np, float *c, size_t ld
     } else {
         for (int p = 0; p < k; p++) {
             vf x[4 * VP];
-            for (int j = from_panel; next.at && j < to_panel; j++)
-                TO_L2(next.at + (size_t)j * bs + (size_t)p * PANEL * (type == QVL__F32 ? 4 : type == QVL__F16 ? 2 : 1));
+            const size_t line = (size_t)p * PANEL * (type == QVL__F32 ? 4 : type == QVL__F16 ? 2 : 1);
+            for (int j = from_panel; line % 64 == 0 && next.at && j < to_panel; j++) /* making floats of I8 takes long enough for the first level */
+                __builtin_prefetch(next.at + (size_t)j * bs + line, 0, type == QVL__I8 ? 3 : 2);
 #pragma GCC unroll 8
             for (int j = 0; j < np * VP; j++) {
                 const char *q = b + (size_t)(j / VP) * bs;
@@ -544,10 +545,11 @@ static uint64_t peak_int(const bool q8, int rounds) {
         for (int j = 0; j < CHAINS; j++) {
 #if INT_PAIRS
             s[j] = vint_add16(s[j], vint_maddubs(x, y));
-            HOLD(y);
 #else
             s[j] = vint_dot(s[j], x, y);
 #endif
+            HOLD(s[j]); /* in its register */
+            HOLD(y);
         }
     }
     volatile float sink = 0;
