@@ -555,7 +555,7 @@ static uint64_t peak_int(const bool q8, int rounds) {
     volatile float sink = 0;
 #pragma GCC unroll 12
     for (int j = 0; j < CHAINS; j++) sink += vsum(vint_float(s[j]));
-    return CHAINS * W * 8 / (INT_PAIRS && q8 ? 2 : 1); /* Q8's two halves of bytes apart */
+    return CHAINS * W * 8 / (INT_PAIRS && q8 ? 2 : 1); /* Q8: halves of activations apart */
 }
 #endif
 
