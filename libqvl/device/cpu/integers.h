@@ -26,9 +26,10 @@
 #define INT_BYTES(q8) (INT_PAIRS && (q8) ? 2 : 1) /* of an activation */
 
 #if HAVE_INT && !defined(QVL__SIMD_EMULATE)
+enum { LOW = 1, HIGH = 2 }; /* halves of Q8's activations, where they are cut */
+
 /* Four neighbours in k for each of W columns, times four activations that are the same for all columns. A step is one load
  * of weights: 4 in k (Q8), or 4 in the low halves and 4 in the high ones (Q4). */
-enum { LOW = 1, HIGH = 2 }; /* halves of Q8's activations, where they are cut */
 #if INT_PAIRS
 /* vpmaddubsw adds pairs into 16 bits, and the 16 products of a half lane still fit when one side has 4 bits: for Q4, 16 * 15 * 127,
  * or with what was added taken away 16 * 8 * 127. (On the way a sum may wrap, which takes nothing from the end.) For Q8 the
@@ -81,7 +82,7 @@ INLINE vint int_total(const int q8, const isum *s) {
 #define FIRST 4
 #define INT_HELD (W == 16) /* 32 registers hold the float sums of a tile beside its integer ones */
 
-/* The products of a group. */
+/* The products of a group; of Q8, where activations are cut, those with the halves in parts. */
 INLINE void int_steps(const int q8, const int parts, const int mr, const int v0, const int nv, isum s[6][4], const char *b, size_t bs, const char *q,
                       size_t stride) {
     for (int half = 0; half < (q8 ? 2 : 1); half++)
@@ -115,7 +116,7 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
     for (int i = 0; INT_HELD && i < mr; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) sum[i][j] = vload(c + (size_t)i * ldc + (v0 + j) * W);
-    for (int g = 0; g < groups; g++, q += QVL__GROUP * INT_BYTES(q8), start += 4, by += 4) {
+    for (int g = 0; g < groups; g++, q += QVL__GROUP * INT_BYTES(q8), start += sizeof(int32_t), by += sizeof(float)) {
         for (int j = 0; mr == 1 && j < nv; j++) {
             const char *far = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * body / VP + AHEAD;
             for (size_t i = 0; i < body / VP; i += 64) TO_L2(far + i);

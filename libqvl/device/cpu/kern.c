@@ -539,8 +539,7 @@ static uint64_t peak_int(const bool q8, int rounds) {
     vint s[CHAINS], x = vint_set(0x01020304), y = vint_set(0x04030201);
 #pragma GCC unroll 12
     for (int j = 0; j < CHAINS; j++) s[j] = vint_set(j);
-    for (int i = 0; i < rounds; i++) {
-        HOLD(y);
+    for (int i = 0; i < rounds; i++)
 #pragma GCC unroll 12
         for (int j = 0; j < CHAINS; j++) {
 #if INT_PAIRS
@@ -551,11 +550,10 @@ static uint64_t peak_int(const bool q8, int rounds) {
             HOLD(s[j]); /* in its register */
             HOLD(y);
         }
-    }
     volatile float sink = 0;
 #pragma GCC unroll 12
     for (int j = 0; j < CHAINS; j++) sink += vsum(vint_float(s[j]));
-    return CHAINS * W * 8 / (INT_PAIRS && q8 ? 2 : 1); /* Q8: halves of activations apart */
+    return CHAINS * W * 8 / INT_BYTES(q8);
 }
 #endif
 
