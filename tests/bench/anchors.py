@@ -2,7 +2,7 @@
 
 Every test runs once in llama.cpp and once in qvl, then again, --rounds times; a cell is the median, with the range behind it.
 Half precision is compared with the better of llama.cpp's F16 and BF16, int8 with Q8_0, int4 with the better of Q4_0 and
-Q4_K_M (so is b6, the model of `--bits 6`, where --types asks for it), pictures with the better projector; of files that are
+Q4_K_M (so is b5.5, the model of `qvl quantize --bits 5.5`, where --types asks for it), pictures with the better projector; of files that are
 not there none is asked. tests/bench/README.md tells how to build llama.cpp and make the files.
 
     python3 tests/bench/anchors.py --llama BUILD/bin --gguf DIR --model CHECKPOINT --packed DIR [--rounds 3] [--only decode,image]
@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 QVL = ROOT / "build" / "release" / "qvl"
-RIVALS = {"bf16": ["f16", "bf16"], "int8": ["q8_0"], "int4": ["q4_0", "q4_k_m"], "b6": ["q4_0", "q4_k_m"]}  # those whose files are there; b6: qvl quantize --bits 6
+RIVALS = {"bf16": ["f16", "bf16"], "int8": ["q8_0"], "int4": ["q4_0", "q4_k_m"]}  # those whose files are there
+BITS = re.compile(r"b\d+(\.\d+)?$")  # b5.5: a model of qvl quantize --bits 5.5, whose rivals are those of int4
 UNITS = {"prefill": "tokens/s", "decode": "tokens/s", "depth": "tokens/s", "streams": "tokens/s", "image": "s"}
 
 
@@ -90,7 +91,7 @@ class Qvl:
             if not (self.models[kind] / "qvl.safetensors").exists():
                 say(f"packing {kind}")
                 self.models[kind].parent.mkdir(parents=True, exist_ok=True)
-                run(QVL, "quantize", "-m", a.model, *(("--bits", kind[1:]) if kind[0] == "b" else ("--dtype", kind)), self.models[kind])
+                run(QVL, "quantize", "-m", a.model, *(("--bits", kind[1:], "--chat-template", "instruct") if BITS.match(kind) else ("--dtype", kind)), self.models[kind])
 
     def bench(self, kind, *args):
         dtype = ("--dtype", "bf16") if kind == "bf16" else ()
@@ -134,7 +135,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", default=",".join(UNITS), help="of " + ",".join(UNITS))
-    p.add_argument("--types", default="bf16,int8,int4", help="of " + ",".join(RIVALS))
+    p.add_argument("--types", default="bf16,int8,int4", help="of " + ",".join(RIVALS) + ", b5.5 and the like: qvl quantize --bits 5.5")
     p.add_argument("--sizes", default="448x448,1024x768", help="of pictures")
     a = p.parse_args()
     tests, types = a.only.split(","), a.types.split(",")
@@ -149,11 +150,11 @@ def main():
         for test, size in rows:
             extra = (size,) if size else ()
             for kind in types:
-                if size and kind in ("int4", "b6"):
+                if size and kind not in ("bf16", "int8"):
                     continue  # their vision towers are that of int8
                 mine, theirs = [], {}
                 pattern = "mmproj-{}.gguf" if size else "m-{}.gguf"
-                rivals = [r for r in (["f16", "q8_0"] if size else RIVALS[kind]) if (llama.gguf / pattern.format(r)).exists()]
+                rivals = [r for r in (["f16", "q8_0"] if size else RIVALS["int4" if BITS.match(kind) else kind]) if (llama.gguf / pattern.format(r)).exists()]
                 if not rivals:
                     sys.exit(f"{a.gguf}: no file to compare {kind} with")
                 for _ in range(a.rounds):

@@ -3,7 +3,7 @@
  * Job:        write keys and values, attend to them.
  * Input:      qkv rows; a block table (text) or plain rows (vision).
  * Output:     rows of heads * head_dim floats.
- * Invariants: a query row walks the key blocks in order, QVL__KV_BLOCK keys at a time, with a running maximum and sum of
+ * Invariants: a query row walks the keys in order, QVL__ATTN_KEYS of them in a step, with a running maximum and sum of
  *             its own, so it does the same operations alone as in a tile with other rows;
  *             scores past a row's own last key are overwritten before anything reads them, and values past it are not
  *             read at all: old or uninitialised cache contents (NaN included) never reach a result.
@@ -21,6 +21,7 @@
 #include "cpu.h"
 
 #define BLOCK QVL__KV_BLOCK
+#define STEP QVL__ATTN_KEYS
 #define TILES 512 /* query tiles listed at a time, on the stack */
 
 static int padded(int head_dim) { return qvl__div_up(head_dim, QVL__PANEL) * QVL__PANEL; }
@@ -174,14 +175,17 @@ void qvl__cpu_qk_norm_rope_kv(qvl__device *d, float *qkv, int heads, const float
     qvl__pool_run(d->pool, j.tasks, write_task, &j);
 }
 
-/* ---- one tile of query rows against one head's blocks ---- */
+/* ---- one tile of query rows against one head's keys ---- */
+
+static int least(int a, int b) { return a < b ? a : b; }
 
 typedef struct {
     qvl__type type;
     int head_dim, dim;
-    const char *base;     /* block 0 */
+    const char *base;     /* block 0 of the cache; vision: K of all keys */
     size_t block_bytes;   /* from one block to the next */
-    const int32_t *table; /* NULL: blocks lie in order */
+    const int32_t *table; /* vision: NULL */
+    int span;             /* vision: keys there is room for, and V lies behind that many */
 } keys;
 
 /* Scratch of a tile, QVL__ATTN_FLOATS(dim) floats. */
@@ -197,8 +201,8 @@ static void tile_init(qtile *t, float *scratch, int dim) {
     t->q = scratch;
     t->o = t->q + n;
     t->s = t->o + n;
-    t->wide_k = t->s + QVL__ATTN_ROWS * BLOCK;
-    t->wide_v = t->wide_k + (size_t)BLOCK * (size_t)dim;
+    t->wide_k = t->s + QVL__ATTN_ROWS * STEP;
+    t->wide_v = t->wide_k + (size_t)STEP * (size_t)dim;
     t->rows = 0;
 }
 
@@ -210,52 +214,115 @@ static void tile_add(qtile *t, const keys *ks, const float *q, int limit) {
     t->rows++;
 }
 
-static int row_keys(const qtile *t, int r, int b) {
-    int n = t->limit[r] - b * BLOCK;
-    return n > BLOCK ? BLOCK : n;
+/* Keys and values of a step that lie together: all of them, or a block of the cache. */
+typedef struct {
+    qvl__type type;
+    const char *k, *v;
+    size_t k_panel, v_panel; /* bytes from panel to panel */
+} piece;
+
+/* What a step is made of. */
+typedef struct {
+    piece piece[STEP / BLOCK];
+    int pieces, per_piece; /* keys of each but the last */
+    const char *next[2];   /* what the step after it reads first */
+    const float *k_scale[STEP / BLOCK], *v_scale[STEP / BLOCK]; /* I8: of each block */
+} step;
+
+static const char *block_at(const keys *ks, int b) { return ks->base + (size_t)ks->table[b] * ks->block_bytes; }
+
+/* Keys k0 .. k0 + n as they lie, or for many rows as floats in scratch, which is exact, so that no bit changes. */
+static void take_step(const struct qvl__kern *k, const keys *ks, const qtile *t, bool many, int k0, int n, int end, step *s) {
+    size_t dim = (size_t)ks->dim, size = qvl__type_size(ks->type), half = half_bytes(ks->type, ks->dim);
+    s->pieces = 1, s->per_piece = STEP;
+    s->next[0] = s->next[1] = NULL;
+    if (!ks->table) {
+        const char *v = ks->base + (size_t)ks->span * dim * sizeof(float);
+        s->piece[0] = (piece){QVL__F32, ks->base + (size_t)k0 * dim * sizeof(float), v + (size_t)k0 * QVL__PANEL * sizeof(float),
+                              dim * QVL__PANEL * sizeof(float), (size_t)ks->span * QVL__PANEL * sizeof(float)};
+        return;
+    }
+    int blocks = qvl__div_up(n, BLOCK);
+    if (!many) s->pieces = blocks, s->per_piece = BLOCK;
+    else s->piece[0] = (piece){QVL__F32, (const char *)t->wide_k, (const char *)t->wide_v, dim * QVL__PANEL * sizeof(float), STEP * QVL__PANEL * sizeof(float)};
+    for (int i = 0; i < blocks; i++) {
+        const char *kp = block_at(ks, k0 / BLOCK + i), *vp = kp + half;
+        if (ks->type == QVL__I8) {
+            s->k_scale[i] = (const float *)(const void *)(kp + panels_bytes(ks->type, ks->dim));
+            s->v_scale[i] = (const float *)(const void *)(vp + panels_bytes(ks->type, ks->dim));
+        }
+        if (!many) {
+            s->piece[i] = (piece){ks->type, kp, vp, dim * QVL__PANEL * size, BLOCK * QVL__PANEL * size};
+            continue;
+        }
+        k->widen(ks->type, t->wide_k + (size_t)i * BLOCK * dim, kp, BLOCK / QVL__PANEL * ks->dim);
+        for (size_t p = 0; p < dim / QVL__PANEL; p++)
+            k->widen(ks->type, t->wide_v + (p * STEP + (size_t)i * BLOCK) * QVL__PANEL, vp + p * BLOCK * QVL__PANEL * size, BLOCK);
+    }
+    for (int i = 0; !many && i < 2 && k0 + n + i * BLOCK < end; i++) s->next[i] = block_at(ks, (k0 + n) / BLOCK + i);
+}
+
+/* The half of a block that is read two halves after half i of a step, its keys and then its values: blocks lie anywhere, so the
+ * hardware does not see the next one coming, and products ask for it as they go. */
+static const char *two_on(const step *s, int i) {
+    int j = i + 2;
+    return j < s->pieces ? s->piece[j].k : j < 2 * s->pieces ? s->piece[j - s->pieces].v : s->next[j - 2 * s->pieces];
+}
+
+/* Many rows: part i of parts of what the step from key k0 on will read, asked for from memory. */
+static void ask(const keys *ks, int k0, int end, int i, int parts) {
+    if (!ks->table || k0 >= end) return; /* vision: the hardware sees it coming */
+    size_t block = 2 * half_bytes(ks->type, ks->dim), bytes = block * (size_t)qvl__div_up(least(STEP, end - k0), BLOCK);
+    for (size_t at = bytes / 64 * (size_t)i / (size_t)parts * 64; at < bytes / 64 * (size_t)(i + 1) / (size_t)parts * 64; at += 64)
+        __builtin_prefetch(block_at(ks, k0 / BLOCK + (int)(at / block)) + at % block, 0, 2);
+}
+
+/* s[0..n) times the scales of their keys. */
+static void scale_keys(const struct qvl__kern *k, float *s, const float *const *scale, int n) {
+    for (int i = 0; i < n; i += BLOCK) k->scale(s + i, scale[i / BLOCK], least(BLOCK, n - i));
 }
 
 static void attend(const struct qvl__kern *k, const keys *ks, qtile *t) {
     size_t dim = (size_t)ks->dim;
-    float scale = 1.0f / sqrtf((float)ks->head_dim);
+    const float scale = 1.0f / sqrtf((float)ks->head_dim);
+    const int end = t->limit[t->rows - 1], panels = ks->dim / QVL__PANEL;
     memset(t->o, 0, (size_t)t->rows * dim * sizeof(float));
-    int first = 0;
-    for (int b = 0; b * BLOCK < t->limit[t->rows - 1]; b++) {
-        while (t->limit[first] <= b * BLOCK) first++; /* rows that end before this block */
-        qvl__type type = ks->type;
-        const void *kp = ks->base + (size_t)(ks->table ? ks->table[b] : b) * ks->block_bytes;
-        const void *vp = (const char *)kp + half_bytes(type, ks->dim);
-        const float *k_scale = NULL, *v_scale = NULL;
-        if (type == QVL__I8) {
-            k_scale = (const float *)(const void *)((const char *)kp + panels_bytes(type, ks->dim));
-            v_scale = (const float *)(const void *)((const char *)vp + panels_bytes(type, ks->dim));
+    step s;
+    for (int k0 = 0, n, first = 0; k0 < end; k0 += n) {
+        n = least(STEP, end - k0);
+        while (t->limit[first] <= k0) first++; /* rows that end before this step */
+        const int rows = t->rows - first;
+        bool many = rows > k->mr;
+        take_step(k, ks, t, many, k0, n, end, &s);
+        float *scores = t->s + (size_t)first * STEP, *o = t->o + (size_t)first * dim;
+        for (int i = 0; i < s.pieces; i++) {
+            const piece *p = &s.piece[i];
+            int some = least(n - i * s.per_piece, s.per_piece);
+            k->gemm(p->type, scores + i * s.per_piece, STEP, t->q + (size_t)first * dim, dim, p->k, p->k_panel, rows, qvl__div_up(some, QVL__PANEL),
+                    ks->head_dim, false, many ? NULL : two_on(&s, i));
         }
-        if (type != QVL__F32 && t->rows - first > k->mr) { /* worth converting once for all tiles: exact, so no bit changes */
-            k->widen(type, t->wide_k, kp, BLOCK / QVL__PANEL * ks->dim);
-            k->widen(type, t->wide_v, vp, ks->dim / QVL__PANEL * BLOCK);
-            type = QVL__F32;
-            kp = t->wide_k;
-            vp = t->wide_v;
+        for (int r = 0; r < rows; r++) {
+            int valid = least(t->limit[first + r] - k0, n);
+            float *row = scores + (size_t)r * STEP;
+            if (ks->type == QVL__I8) scale_keys(k, row, s.k_scale, valid);
+            k->softmax_step(row, valid, scale, &t->max[first + r], &t->sum[first + r], o + (size_t)r * dim, ks->dim);
+            if (ks->type == QVL__I8) scale_keys(k, row, s.v_scale, valid);
+            if (many) ask(ks, k0 + n, end, r, rows);
         }
-        /* Blocks lie anywhere, so the hardware does not see the next one coming: the products ask for it as they go. */
-        const char *next = NULL;
-        if (t->rows <= k->mr && (b + 1) * BLOCK < t->limit[t->rows - 1])
-            next = ks->base + (size_t)(ks->table ? ks->table[b + 1] : b + 1) * ks->block_bytes;
-        size_t k_panel = dim * QVL__PANEL * qvl__type_size(type), v_panel = (size_t)BLOCK * QVL__PANEL * qvl__type_size(type);
-        k->gemm(type, t->s + (size_t)first * BLOCK, BLOCK, t->q + (size_t)first * dim, dim, kp, k_panel, t->rows - first, BLOCK / QVL__PANEL,
-                ks->head_dim, false, next);
-        for (int r = first; r < t->rows; r++) {
-            float *s = t->s + (size_t)r * BLOCK;
-            if (k_scale) k->scale(s, k_scale, BLOCK);
-            k->softmax_step(s, row_keys(t, r, b), scale, &t->max[r], &t->sum[r], t->o + (size_t)r * dim, ks->dim);
-            if (v_scale) k->scale(s, v_scale, BLOCK); /* past the row's own keys nobody looks */
-        }
-        if (next) next += half_bytes(ks->type, ks->dim);
-        for (int r = first, end; r < t->rows; r = end) { /* rows that see equally many keys go together */
-            int n = row_keys(t, r, b);
-            for (end = r + 1; end < t->rows && row_keys(t, end, b) == n; end++) {}
-            k->gemm(type, t->o + (size_t)r * dim, dim, t->s + (size_t)r * BLOCK, BLOCK, vp, v_panel, end - r,
-                ks->dim / QVL__PANEL, n, true, next);
+        for (int i = 0; i < s.pieces; i++) {
+            const piece *p = &s.piece[i];
+            const char *next = many ? NULL : two_on(&s, s.pieces + i);
+            /* What all rows see, as one product; the rest of it with those rows together that see equally many. */
+            int from = i * s.per_piece, to = least(n, from + s.per_piece), all = (least(t->limit[first] - k0, to) - from) / 2 * 2;
+            if (all > 0) k->gemm(p->type, o, dim, scores + from, STEP, p->v, p->v_panel, rows, panels, all, true, next);
+            else all = 0;
+            for (int r = 0, last; r < rows; r = last) {
+                int some = least(t->limit[first + r] - k0, to) - from - all;
+                for (last = r + 1; last < rows && least(t->limit[first + last] - k0, to) - from - all == some; last++) {}
+                if (some > 0)
+                    k->gemm(p->type, o + (size_t)r * dim, dim, scores + (size_t)r * STEP + from + all, STEP,
+                            p->v + (size_t)all * QVL__PANEL * qvl__type_size(p->type), p->v_panel, last - r, panels, some, true, NULL);
+            }
         }
     }
 }
@@ -288,8 +355,8 @@ static void paged_task(void *ctx, int task, int worker) {
     size_t n = (size_t)kv->head_dim, ld = (size_t)(j->heads + 2 * kv->kv_heads) * n;
     size_t h0 = (size_t)(kv_head * j->group + g0);
 
-    keys ks = {kv->type, kv->head_dim, padded(kv->head_dim), kv_base(kv, j->layer, kv_head), kv->block_bytes,
-               b->table + (size_t)b->seq[first] * (size_t)b->stride};
+    keys ks = {.type = kv->type, .head_dim = kv->head_dim, .dim = padded(kv->head_dim), .base = kv_base(kv, j->layer, kv_head),
+               .block_bytes = kv->block_bytes, .table = b->table + (size_t)b->seq[first] * (size_t)b->stride};
     qtile t;
     tile_init(&t, qvl__cpu_scratch(j->d, worker), ks.dim);
     for (int r = first; r < first + count; r++)
@@ -321,9 +388,10 @@ void qvl__cpu_attention_paged(qvl__device *d, float *out, const float *qkv, int 
     }
 }
 
-/* ---- vision: keys and values of a head are packed into blocks in scratch, which are then walked as above ---- */
+/* ---- vision: keys and values of a head are packed into scratch as one block, which is then walked as above ---- */
 
-static size_t full_head(int span, int dim) { return (size_t)qvl__div_up(span, BLOCK) * 2 * half_bytes(QVL__F32, dim); }
+static int roomy(int span) { return qvl__div_up(span, BLOCK) * BLOCK; }
+static size_t full_head(int span, int dim) { return 2 * (size_t)roomy(span) * (size_t)dim * sizeof(float); }
 
 size_t qvl__cpu_attention_full_scratch(qvl__device *d, int span, int head_dim, int n) {
     (void)d;
@@ -345,17 +413,22 @@ static void full_pack(void *ctx, int task, int worker) {
     (void)worker;
     const full_job *j = ctx;
     int head = task / j->per_head, n = j->head_dim;
-    size_t ld = 3 * (size_t)j->heads * (size_t)n, half = half_bytes(QVL__F32, j->dim);
-    char *packed = j->scratch + (size_t)head * full_head(j->span, j->dim);
+    size_t ld = 3 * (size_t)j->heads * (size_t)n, dim = (size_t)j->dim, room = (size_t)roomy(j->span);
+    float *k = (float *)(void *)(j->scratch + (size_t)head * full_head(j->span, j->dim)), *v = k + room * dim;
     const float *base = j->qkv + (size_t)(j->head + head) * (size_t)n;
     int t = task % j->per_head * PACK_BLOCKS * BLOCK, end = t + PACK_BLOCKS * BLOCK;
     if (end > j->span) end = j->span;
     for (; t < end; t++) {
-        char *block = packed + (size_t)(t / BLOCK) * 2 * half;
-        if (t % BLOCK == 0) memset(block, 0, 2 * half);
-        const float *key = base + (size_t)t * ld + (size_t)j->heads * (size_t)n;
-        store_k(QVL__F32, block, t % BLOCK, j->dim, key, 0, n);
-        store_v(QVL__F32, block + half, t % BLOCK, j->dim, key + (size_t)j->heads * (size_t)n, 0, n);
+        size_t panel = (size_t)(t / QVL__PANEL);
+        if (t % QVL__PANEL == 0) memset(k + panel * QVL__PANEL * dim, 0, QVL__PANEL * dim * sizeof(float));
+        const float *key = base + (size_t)t * ld + (size_t)j->heads * (size_t)n, *value = key + (size_t)j->heads * (size_t)n;
+        for (size_t i = 0; i < (size_t)n; i++) k[(panel * dim + i) * QVL__PANEL + (size_t)(t % QVL__PANEL)] = key[i];
+        for (size_t i = 0; i < dim; i += QVL__PANEL) {
+            float *to = v + i * room + (size_t)t * QVL__PANEL;
+            size_t some = (size_t)n - i < QVL__PANEL ? (size_t)n - i : QVL__PANEL;
+            memset(to, 0, QVL__PANEL * sizeof(float));
+            memcpy(to, value + i, some * sizeof(float));
+        }
     }
 }
 
@@ -372,7 +445,7 @@ static void full_task(void *ctx, int task, int worker) {
     const struct qvl__kern *k = qvl__cpu_kern(j->d);
     int head = task / j->per_head;
     size_t n = (size_t)j->head_dim, ld = 3 * (size_t)j->heads * n;
-    keys ks = {QVL__F32, j->head_dim, j->dim, j->scratch + (size_t)head * full_head(j->span, j->dim), 2 * half_bytes(QVL__F32, j->dim), NULL};
+    keys ks = {.type = QVL__F32, .head_dim = j->head_dim, .dim = j->dim, .base = j->scratch + (size_t)head * full_head(j->span, j->dim), .span = roomy(j->span)};
     qtile t;
     tile_init(&t, qvl__cpu_scratch(j->d, worker), j->dim);
     int r0 = task % j->per_head * QVL__ATTN_ROWS, r1 = j->rows - r0 < QVL__ATTN_ROWS ? j->rows : r0 + QVL__ATTN_ROWS;

@@ -25,10 +25,11 @@
 #define QVL__MAX_K (1 << 20)              /* inputs of a weight: a packed row must fit */
 
 #define QVL__ATTN_ROWS 48      /* query rows (tokens x heads of one KV head) in an attention task */
+#define QVL__ATTN_KEYS 128     /* keys in a step of the online softmax: whole KV blocks */
 #define QVL__ATTN_MAX_DIM 512  /* largest head_dim of a KV cache */
-/* Floats of scratch of one attention task: q, o, scores, and one widened block of K and V. */
+/* Floats of scratch of one attention task: q, o, scores, and the keys and values of a step widened. */
 #define QVL__ATTN_FLOATS(dim) \
-    ((size_t)QVL__ATTN_ROWS * (2 * (size_t)(dim) + QVL__KV_BLOCK) + 2 * QVL__KV_BLOCK * (size_t)(dim))
+    ((size_t)QVL__ATTN_ROWS * (2 * (size_t)(dim) + QVL__ATTN_KEYS) + 2 * QVL__ATTN_KEYS * (size_t)(dim))
 
 struct qvl__cpu {
     struct qvl__kern kern;

@@ -213,6 +213,10 @@ static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const 
 
 static void widen(qvl__type type, float *dst, const void *panel, int k) {
     const uint16_t *src = panel;
+    if (type == QVL__F32) {
+        memcpy(dst, panel, (size_t)k * PANEL * sizeof(float));
+        return;
+    }
     if (type == QVL__I8) {
         for (size_t i = 0; i < (size_t)k * PANEL; i += W) vstore(dst + i, vload_i8((const int8_t *)panel + i));
         return;
@@ -392,29 +396,39 @@ static void epilogue(qvl__epilogue e, float *y, const float *acc, const float *b
 
 /* ---- softmax ---- */
 
-#define VB (QVL__KV_BLOCK / W)
+/* 2^x for x up to 0, or a rounding above: x = n + r with |r| <= 1/2, both exact (adding 1.5 * 2^23 leaves n in the last bits), then a minimax
+ * polynomial (relative error 2e-8) whose first coefficient is 1, so that 2^0 is exactly 1. At most 1 ulp; 0 up to -125. NaN
+ * stays NaN. */
+INLINE vf vexp2(vf x) {
+    vf z = vadd(vmax(vset(-126.0f), x), vset(12582912.0f)), r = vsub(vmax(vset(-126.0f), x), vsub(z, vset(12582912.0f)));
+    vf p = vset(1.559467782e-4f);
+    p = vfma(p, r, vset(1.340664341e-3f));
+    p = vfma(p, r, vset(9.617692791e-3f));
+    p = vfma(p, r, vset(5.550310388e-2f));
+    p = vfma(p, r, vset(2.402265221e-1f));
+    p = vfma(p, r, vset(6.931472421e-1f));
+    p = vfma(p, r, vset(1.0f));
+    return vif_lt(vset(-125.0f), x, vtimes_pow2(p, z), vmax(vzero(), x)); /* vmax gives the second argument when that is NaN */
+}
 
+/* Probabilities are powers of 2: what brings the scores to that takes the same fused operation that takes away the maximum,
+ * and as *max is kept rounded, it is the same number for all that is divided by the same sum. */
 static void softmax_step(float *s, int valid, float scale, float *max, float *sum, float *o, int dim) {
-    for (int i = valid; i < QVL__KV_BLOCK; i++) s[i] = -INFINITY; /* whatever lies past the row's own keys */
-    vf v[VB], m = vset(-INFINITY);
-#pragma GCC unroll 8
-    for (int i = 0; i < VB; i++) {
-        v[i] = vmul(vload(s + i * W), vset(scale));
-        m = vmax(m, v[i]);
-    }
-    float m_new = vmax_lanes(m);
+    int n = (valid + PANEL - 1) / PANEL * PANEL;
+    for (int i = valid; i < n; i++) s[i] = -INFINITY; /* whatever lies past the row's own keys */
+    vf by = vset(scale * 1.44269504f), m = vset(-INFINITY), total = vzero();
+    for (int i = 0; i < n; i += W) m = vmax(m, vload(s + i));
+    float m_new = vmax_lanes(vmul(m, by));
     if (*max > m_new) m_new = *max;
-    vf total = vzero();
-#pragma GCC unroll 8
-    for (int i = 0; i < VB; i++) {
-        v[i] = vexp(vsub(v[i], vset(m_new)));
-        vstore(s + i * W, v[i]);
-        total = vadd(total, v[i]);
+    for (int i = 0; i < n; i += W) {
+        vf p = vexp2(vfma(vload(s + i), by, vset(-m_new)));
+        vstore(s + i, p);
+        total = vadd(total, p);
     }
-    /* Not rescaling is the same bits as multiplying by e^0 = 1. A NaN maximum does compare unequal. */
+    /* Not rescaling is the same bits as multiplying by 2^0 = 1. A NaN maximum does compare unequal. */
     if (!(m_new == *max)) {
         float before[W];
-        vstore(before, vexp(vset(*max - m_new)));
+        vstore(before, vexp2(vset(*max - m_new)));
         float alpha = before[0];
         *sum *= alpha;
         *max = m_new;

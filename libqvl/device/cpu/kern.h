@@ -47,7 +47,7 @@ struct qvl__kern {
      * with scales from group 0; panels (of all groups) are read from group g0. c starts at zero without resume. */
     void (*gemm_int)(qvl__type type, float *c, size_t ldc, const qvl__ints *a, const void *panels, size_t panel_bytes, int rows,
                      int count, int all_groups, int g0, int groups, bool resume);
-    /* k rows of a F16, BF16 or I8 panel as floats [k][16]; exact. */
+    /* k rows of a F32, F16, BF16 or I8 panel as floats [k][16]; exact. */
     void (*widen)(qvl__type type, float *dst, const void *panel, int k);
     /* n floats as BF16 or F16, rounded to nearest even, and a zero after an odd last one. */
     void (*narrow)(qvl__type type, uint16_t *dst, const float *src, int n);
@@ -67,9 +67,9 @@ struct qvl__kern {
      * SWIGLU acc is gate panel, up panel, gate panel, ...; n counts outputs and bias2 is the bias of the up half. */
     void (*epilogue)(qvl__epilogue e, float *y, const float *acc, const float *bias, const float *bias2, int n);
 
-    /* One step of the online softmax for one query row: s[0..QVL__KV_BLOCK) are raw scores of which the first valid
-     * count. Scales them, updates the running maximum and sum, turns s into probabilities (0 past valid) and, if the
-     * maximum grew, rescales o[0..dim) (dim a multiple of 16). */
+    /* One step of the online softmax for one query row: the first valid of the raw scores s count; up to the next multiple of
+     * 16 s is written. Updates the running maximum (of scores times scale, as a power of 2) and sum, turns s into probabilities
+     * (0 past valid) and, if the maximum grew, rescales o[0..dim) (dim a multiple of 16). */
     void (*softmax_step)(float *s, int valid, float scale, float *max, float *sum, float *o, int dim);
     /* out[0..n) = o[0..n) / sum */
     void (*divide)(float *out, const float *o, float sum, int n);
