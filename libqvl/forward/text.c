@@ -111,33 +111,44 @@ static qvl__ragged ragged(const qvl__text_ws *ws, const qvl__batch *b) {
     return w;
 }
 
-/* The layers and the logits: ops alone, unless there are visual rows. */
+/* The layers and the logits: ops alone, unless there are visual rows. Behind the last attention only the rows that give logits go
+ * on, and where none does, behind the last keys and values nothing. */
 static void layers(const qvl_model *m, qvl__kv *kv, qvl__text_ws *ws, const qvl__batch *b, const qvl__ragged *where) {
     const qvl__text_config *c = &m->config.text;
     const qvl__weights *w = &m->weights;
     qvl__device *d = m->device;
-    d->embed(d, ws->x, &w->embed, ws->ids, b->rows);
+    float *x = ws->x;
+    int rows = b->rows;
+    d->embed(d, x, &w->embed, ws->ids, rows);
     if (b->visual_rows) visual_rows(m, ws, b, 0);
     for (int i = 0; i < c->layers; i++) {
         const qvl__text_layer *l = &w->text[i];
-        d->rms_norm(d, ws->norm, ws->x, l->input_norm, b->rows, c->hidden, c->eps);
-        d->matmul(d, ws->qkv, ws->norm, b->rows, &l->qkv, NULL, QVL__EPI_NONE);
+        const bool last = i + 1 == c->layers, deepstack = b->visual_rows && i < m->config.vision.n_deepstack;
+        d->rms_norm(d, ws->norm, x, l->input_norm, rows, c->hidden, c->eps);
+        d->matmul(d, ws->qkv, ws->norm, rows, &l->qkv, NULL, QVL__EPI_NONE);
         d->qk_norm_rope_kv(d, ws->qkv, c->heads, l->q_norm, l->k_norm, c->eps, ws->cos, ws->sin, kv, i, where);
+        if (last && b->outs == 0) return;
         d->attention_paged(d, ws->attn, ws->qkv, c->heads, kv, i, where);
-        d->matmul(d, ws->x, ws->attn, b->rows, &l->o, NULL, QVL__EPI_ADD);
-        d->rms_norm(d, ws->norm, ws->x, l->post_norm, b->rows, c->hidden, c->eps);
-        if (l->experts.n) {
-            d->matmul(d, ws->routes, ws->norm, b->rows, &l->router, NULL, QVL__EPI_NONE);
-            d->moe(d, ws->x, ws->norm, ws->routes, b->rows, &l->experts, c->top_k, ws->experts);
-        } else {
-            d->matmul(d, ws->act, ws->norm, b->rows, &l->gate_up, NULL, QVL__EPI_SWIGLU);
-            d->matmul(d, ws->x, ws->act, b->rows, &l->down, NULL, QVL__EPI_ADD);
+        d->matmul(d, x, ws->attn, rows, &l->o, NULL, QVL__EPI_ADD);
+        if (last && !deepstack) {
+            d->gather_rows(d, ws->attn, x, ws->out, b->outs, c->hidden);
+            x = ws->attn, rows = b->outs;
         }
-        if (b->visual_rows && i < m->config.vision.n_deepstack) visual_rows(m, ws, b, 1 + i);
+        d->rms_norm(d, ws->norm, x, l->post_norm, rows, c->hidden, c->eps);
+        if (l->experts.n) {
+            d->matmul(d, ws->routes, ws->norm, rows, &l->router, NULL, QVL__EPI_NONE);
+            d->moe(d, x, ws->norm, ws->routes, rows, &l->experts, c->top_k, ws->experts);
+        } else {
+            d->matmul(d, ws->act, ws->norm, rows, &l->gate_up, NULL, QVL__EPI_SWIGLU);
+            d->matmul(d, x, ws->act, rows, &l->down, NULL, QVL__EPI_ADD);
+        }
+        if (deepstack) visual_rows(m, ws, b, 1 + i);
     }
-    if (b->outs == 0) return;
-    d->gather_rows(d, ws->attn, ws->x, ws->out, b->outs, c->hidden);
-    d->rms_norm(d, ws->norm, ws->attn, w->norm, b->outs, c->hidden, c->eps);
+    if (x == ws->x) { /* deepstack after the last layer */
+        d->gather_rows(d, ws->attn, x, ws->out, b->outs, c->hidden);
+        x = ws->attn;
+    }
+    d->rms_norm(d, ws->norm, x, w->norm, b->outs, c->hidden, c->eps);
     d->matmul(d, ws->logits, ws->norm, b->outs, &w->lm_head, NULL, QVL__EPI_NONE);
 }
 
