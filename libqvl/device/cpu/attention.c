@@ -12,6 +12,7 @@
  *   K: 2 panels of 16 tokens: [2][dim][16]         (a product q k^T is the matrix tile with k = head_dim)
  *   V: dim / 16 panels of 16 columns: [dim / 16][32 tokens][16]   (p v is the matrix tile with k = tokens)
  * BF16 as in panel.c: neighbours in k (dimensions in K, tokens in V) are interleaved in pairs.
+ * Vision has one such block of floats for a head, with all its keys.
  * I8: behind K and behind V lies a float scale for each of the 32 tokens. K's scales go onto the scores and V's onto the
  * probabilities, so the tiles multiply plain integers, whose conversion to float is exact in registers and in scratch.
  */
@@ -422,7 +423,7 @@ static void full_pack(void *ctx, int task, int worker) {
         size_t panel = (size_t)(t / QVL__PANEL);
         if (t % QVL__PANEL == 0) memset(k + panel * QVL__PANEL * dim, 0, QVL__PANEL * dim * sizeof(float));
         const float *key = base + (size_t)t * ld + (size_t)j->heads * (size_t)n, *value = key + (size_t)j->heads * (size_t)n;
-        for (size_t i = 0; i < (size_t)n; i++) k[(panel * dim + i) * QVL__PANEL + (size_t)(t % QVL__PANEL)] = key[i];
+        store_k(QVL__F32, (char *)(k + panel * QVL__PANEL * dim), t % QVL__PANEL, j->dim, key, 0, n);
         for (size_t i = 0; i < dim; i += QVL__PANEL) {
             float *to = v + i * room + (size_t)t * QVL__PANEL;
             size_t some = (size_t)n - i < QVL__PANEL ? (size_t)n - i : QVL__PANEL;
