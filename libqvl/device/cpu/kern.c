@@ -396,11 +396,11 @@ static void epilogue(qvl__epilogue e, float *y, const float *acc, const float *b
 
 /* ---- softmax ---- */
 
-/* 2^x for x up to 0, or a rounding above: x = n + r with |r| <= 1/2, both exact (adding 1.5 * 2^23 leaves n in the last bits), then a minimax
- * polynomial (relative error 2e-8) whose first coefficient is 1, so that 2^0 is exactly 1. At most 1 ulp; 0 up to -125. NaN
- * stays NaN. */
+/* 2^x for x up to 0, or a rounding above: x = n + r with |r| <= 1/2, both exact (adding 1.5 * 2^23 leaves n in the last bits),
+ * then a minimax polynomial (relative error 2e-8) whose first coefficient is 1, so that 2^0 is exactly 1. At most 1 ulp; 0 up to
+ * -125. NaN stays NaN. */
 INLINE vf vexp2(vf x) {
-    vf z = vadd(vmax(vset(-126.0f), x), vset(12582912.0f)), r = vsub(vmax(vset(-126.0f), x), vsub(z, vset(12582912.0f)));
+    vf t = vmax(vset(-126.0f), x), z = vadd(t, vset(12582912.0f)), r = vsub(t, vsub(z, vset(12582912.0f)));
     vf p = vset(1.559467782e-4f);
     p = vfma(p, r, vset(1.340664341e-3f));
     p = vfma(p, r, vset(9.617692791e-3f));
