@@ -7,8 +7,8 @@
  */
 #include "ops_cases.h"
 
-static const char *const level_names[] = {"generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16"};
-static const int n_levels = 5;
+static const char *const level_names[] = {"generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "amx"};
+static const int n_levels = 6;
 
 static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     qvl__device *d;
@@ -16,7 +16,7 @@ static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     int rc = qvl__cpu_open(&d, pool, bf16_math);
     unsetenv("QVL_CPU");
     if (rc == 0) return d;
-    static bool said[5];
+    static bool said[6];
     if (!said[i]) printf("[   INFO   ] %s\n", qvl_last_error());
     said[i] = true;
     return NULL;
@@ -39,7 +39,7 @@ static void test_level_choice(void **state) {
     d->close(d);
     unsetenv("QVL_CPU");
     assert_int_equal(qvl__cpu_open(&d, pool, true), 0);
-    assert_int_equal(d->bf16_math, strcmp(d->isa, "avx512-bf16") == 0);
+    assert_int_equal(d->bf16_math, strcmp(d->isa, "avx512-bf16") == 0 || strcmp(d->isa, "amx") == 0);
     char best[32];
     snprintf(best, sizeof best, "%s", d->isa);
     d->close(d);

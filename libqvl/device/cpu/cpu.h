@@ -25,7 +25,7 @@
 #define QVL__MAX_K (1 << 20)              /* inputs of a weight: a packed row must fit */
 
 #define QVL__ATTN_ROWS 48      /* query rows (tokens x heads of one KV head) in an attention task */
-#define QVL__ATTN_KEYS 128     /* keys in a step of the online softmax: whole KV blocks */
+#define QVL__ATTN_TILE_ROWS 64 /* the same on tile registers, which need less scratch */
 #define QVL__ATTN_MAX_DIM 512  /* largest head_dim of a KV cache */
 /* Floats of scratch of one attention task: q, o, scores, and the keys and values of a step widened. */
 #define QVL__ATTN_FLOATS(dim) \

@@ -1,7 +1,7 @@
 /* dispatch.c - which kernels this machine runs.
  *
  * Job:        choose the best level that the CPU and the operating system support and QVL_CPU allows.
- * Input:      cpuid, XGETBV, the environment variable QVL_CPU (generic, avx2, avx512, avx512-vnni, avx512-bf16).
+ * Input:      cpuid, XGETBV, the environment variable QVL_CPU (generic, avx2, avx512, avx512-vnni, avx512-bf16, amx).
  * Output:     an open device, or QVL_EINVAL naming the choices.
  * Invariants: a level counts only if the operating system saves its registers (XCR0), not on cpuid's word alone;
  *             this file is compiled for the baseline and touches no kernel of a level that it has not found.
@@ -18,6 +18,11 @@ typedef struct {
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <errno.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static const level levels[] = {
     {"generic", qvl__kern_generic},
@@ -25,12 +30,25 @@ static const level levels[] = {
     {"avx512", qvl__kern_avx512},
     {"avx512-vnni", qvl__kern_avx512_vnni},
     {"avx512-bf16", qvl__kern_avx512_bf16},
+    {"amx", qvl__kern_amx},
 };
 
 static uint64_t xcr0(void) {
     uint32_t lo, hi;
     __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
     return (uint64_t)hi << 32 | lo;
+}
+
+/* Linux gives a process the tile registers when it asks (Documentation/arch/x86/xstate.rst). */
+static bool may_use_tiles(void) {
+#if defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) return true;
+    static _Atomic bool said;
+    if (!said) qvl__log(QVL_LOG_WARN, "this CPU has AMX, but the kernel does not let this process use it: %s", strerror(errno));
+    said = true;
+#endif
+    return false;
 }
 
 /* Index of the best level in levels. */
@@ -46,8 +64,10 @@ static int best_level(void) {
     if ((b & (f | dq | bw | vl)) != (f | dq | bw | vl)) return 1;
     if ((saved & 0xe6) != 0xe6) return 1; /* opmask, zmm */
     if (!(c & 1u << 11)) return 2; /* AVX512_VNNI */
+    const unsigned amx = d & (1u << 22 | 1u << 24 | 1u << 25);
     if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return 3; /* AVX512_BF16 */
-    return 4;
+    if (amx != (1u << 22 | 1u << 24 | 1u << 25) || (saved & 0x60000) != 0x60000) return 4; /* AMX_BF16, AMX_TILE, AMX_INT8; tiles */
+    return may_use_tiles() ? 5 : 4;
 }
 #else
 static const level levels[] = {{"generic", qvl__kern_generic}};
@@ -65,7 +85,7 @@ int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math) {
         if (asked == n) {
             qvl__log(QVL_LOG_WARN, "QVL_CPU=%s is not a level this build knows", cap);
             return qvl__fail(QVL_EINVAL, "QVL_CPU is \"%.32s\": it may be generic%s", cap,
-                             n > 1 ? ", avx2, avx512, avx512-vnni or avx512-bf16" : " on this architecture");
+                             n > 1 ? ", avx2, avx512, avx512-vnni, avx512-bf16 or amx" : " on this architecture");
         }
         if (asked > use)
             return qvl__fail(QVL_EINVAL, "QVL_CPU is %s, but this machine has no more than %s: unset it or set a lower level", cap,

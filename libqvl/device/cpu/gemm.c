@@ -28,6 +28,7 @@ typedef struct {
     const float *bias;
     qvl__epilogue e;
     form form;
+    int mr;               /* rows of its largest tile */
     bool widen;           /* weights to scratch before many rows pass */
     int unit;             /* panels that must stay together: 2 for gate_up */
     int panels, per_task; /* panels of the matrix, of a task */
@@ -118,8 +119,9 @@ static void matmul_task(void *ctx, int task, int worker) {
 /* How rows are packed: the form, and blocks of k that leave room in the first-level cache for a panel's share of it. */
 static void plan_packing(job *j) {
     const qvl__matrix *w = j->w;
-    bool many = j->rows > j->k->mr;
     j->form = qvl__type_quantised(w->type) ? INTS : j->d->bf16_math && w->type == QVL__BF16 ? PAIRS : FLOATS;
+    j->mr = j->form == PAIRS ? j->k->dot_mr : j->form == INTS ? j->k->int_mr : j->k->mr;
+    bool many = j->rows > j->mr;
     /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
     j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;
     j->block = w->type == QVL__F32 || j->widen ? QVL__GEMM_K : 2 * QVL__GEMM_K;
@@ -132,11 +134,10 @@ static void plan_packing(job *j) {
 
 /* At most as many rows as the pack buffer holds. */
 static void matmul_rows(job *j) {
-    const struct qvl__kern *k = j->k;
     qvl__device *d = j->d;
     int threads = qvl__cpu_threads(d), rows = j->rows;
     j->block_rows = qvl__div_up(rows, qvl__div_up(rows, QVL__GEMM_ROWS)); /* nearly equal, then whole tiles: at most 96 */
-    if (rows > QVL__GEMM_ROWS) j->block_rows = qvl__div_up(j->block_rows, k->mr) * k->mr;
+    if (rows > QVL__GEMM_ROWS) j->block_rows = qvl__div_up(j->block_rows, j->mr) * j->mr;
     j->row_blocks = qvl__div_up(rows, j->block_rows);
 
     /* Panels of a task: as many as the accumulators allow, few enough that every thread gets several tasks, and a

@@ -282,6 +282,9 @@ static float quantize(int8_t *dst, const float *src, int n) {
 }
 
 #include "integers.h"
+#if HAVE_TILES
+#include "tiles.h"
+#endif
 
 static void scale(float *y, const float *w, int n) {
     int i = 0;
@@ -547,7 +550,36 @@ static uint64_t peak_dot(int rounds) {
 }
 #endif
 
-#if HAVE_INT && !defined(QVL__SIMD_EMULATE)
+#if HAVE_TILES
+/* Four chains, as tiles.h has them; integers in steps of a group. */
+static uint64_t peak_tiles(const bool ints, int rounds) {
+    static const char zero[REG_ROWS * 64];
+    tiles_take(REG_ROWS, REG_ROWS, ints ? QVL__GROUP / 4 : 16);
+    TILE_LOAD(4, zero, 64);
+    TILE_LOAD(5, zero, 64);
+    TILE_LOAD(6, zero, 64);
+    TILE_LOAD(7, zero, 64);
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int i = 0; i < rounds; i++) {
+        if (ints) {
+            TILE_INT(0, 4, 6);
+            TILE_INT(1, 4, 7);
+            TILE_INT(2, 5, 6);
+            TILE_INT(3, 5, 7);
+        } else {
+            TILE_DOT(0, 4, 6);
+            TILE_DOT(1, 4, 7);
+            TILE_DOT(2, 5, 6);
+            TILE_DOT(3, 5, 7);
+        }
+    }
+    TILE_RELEASE();
+    return 4 * REG_ROWS * PANEL * 32 * 2;
+}
+#elif HAVE_INT && !defined(QVL__SIMD_EMULATE)
 /* What int_step does for each load of activations. */
 static uint64_t peak_int(const bool q8, int rounds) {
     vint s[CHAINS], x = vint_set(0x01020304), y = vint_set(0x04030201);
@@ -572,10 +604,13 @@ static uint64_t peak_int(const bool q8, int rounds) {
 #endif
 
 static uint64_t peak(qvl__type type, int rounds) {
+#if HAVE_TILES
+    if (type == QVL__BF16 || qvl__type_quantised(type)) return peak_tiles(type != QVL__BF16, rounds);
+#endif
 #if HAVE_DOT
     if (type == QVL__BF16) return peak_dot(rounds);
 #endif
-#if HAVE_INT && !defined(QVL__SIMD_EMULATE)
+#if HAVE_INT && !HAVE_TILES && !defined(QVL__SIMD_EMULATE)
     if (qvl__type_quantised(type)) return peak_int(type == QVL__Q8, rounds);
 #endif
     (void)type;
@@ -587,16 +622,27 @@ int ISA_INIT(struct qvl__kern *k) {
         .isa = ISA_NAME,
         .mr = MR,
         .np = NP4,
+        .dot_mr = HAVE_TILES ? 32 : MR,
+        .int_mr = HAVE_TILES ? 16 : MR,
         .q8_bytes = INT_BYTES(1),
         .widen_first = WIDEN_FIRST,
         .gemm = gemm,
-#if HAVE_DOT
+#if HAVE_DOT || HAVE_TILES
         .gemm_dot = gemm_dot,
+#endif
+#if HAVE_TILES
+        .gemm_int = gemm_int_tiles,
+        .tiles = hold_tiles,
+        .split = split,
+        .scores = scores,
+        .values = values,
+        .first_values = first_values,
+#else
+        .gemm_int = gemm_int,
 #endif
         .widen = widen,
         .narrow = narrow,
         .quantize = quantize,
-        .gemm_int = gemm_int,
         .quantize_weights = quantize_weights,
         .quantize_rows = quantize_rows,
         .scale = scale,

@@ -12,7 +12,8 @@
 
 #include "../device.h"
 
-#define QVL__PANEL 16 /* output columns in a panel */
+#define QVL__PANEL 16      /* output columns in a panel */
+#define QVL__ATTN_KEYS 128 /* keys in a step of the online softmax: whole KV blocks */
 /* Bytes of the scales at the beginning of a Q8 or Q4 panel: [groups][16] bf16, then the integers begin a cache line. */
 #define QVL__INT_HEAD(groups) (((size_t)(groups) * QVL__PANEL * 2 + 63) / 64 * 64)
 
@@ -26,10 +27,25 @@ typedef struct {
     size_t stride;
 } qvl__ints;
 
+/* Rows of numbers in two parts of bf16, hi and lo: lo lies low numbers behind hi, rows lie ld numbers apart. */
+typedef struct {
+    const uint16_t *hi;
+    size_t ld, low;
+} qvl__split;
+
+/* Blocks of 32 keys or values in the layout of a bf16 cache (attention.c). low: bytes from a block's numbers to what rounding
+ * left of them; 0: nothing. next: a block to be asked for from memory meanwhile, for each; NULL: none. */
+typedef struct {
+    const char *at[QVL__ATTN_KEYS / QVL__KV_BLOCK], *next[QVL__ATTN_KEYS / QVL__KV_BLOCK];
+    size_t low;
+    int n;
+} qvl__kv_list;
+
 struct qvl__kern {
     const char *isa;
     int mr; /* rows of the largest tile */
     int np; /* panels of the tile of mr rows */
+    int dot_mr, int_mr; /* rows that gemm_dot and gemm_int are best given a multiple of */
     int q8_bytes; /* of an activation that meets Q8 weights, as quantize_rows writes it */
     bool widen_first; /* many rows: weights of 16 bits are widened to scratch once, rather than in registers by each tile */
 
@@ -39,7 +55,8 @@ struct qvl__kern {
      * asked for from memory meanwhile, where rows are one tile; NULL: none. */
     void (*gemm)(qvl__type type, float *c, size_t ldc, const float *a, size_t lda, const void *panels, size_t panel_bytes,
                  int rows, int count, int k, bool resume, const void *next);
-    /* The same with bf16 products: a is pairs of bf16 (lda counts pairs), panels are BF16. NULL where there are none. */
+    /* The same with bf16 products: a is pairs of bf16 (lda counts pairs), panels are BF16; k may be cut at a multiple of 32. NULL
+     * where there are none. */
     void (*gemm_dot)(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume);
     /* Products of quantised weights: c[r][16 p + j] += over groups i = g0.., in that order and by one fused step each, of
@@ -74,6 +91,18 @@ struct qvl__kern {
     /* out[0..n) = o[0..n) / sum */
     void (*divide)(float *out, const float *o, float sum, int n);
 
+    /* Attention on tile registers (AMX); tiles is NULL where there are none. Rows are 1..16 or a multiple of 16. Between tiles(rows)
+     * and tiles(0) the thread's tile registers are ready for scores and values of so many rows. */
+    void (*tiles)(int rows);
+    /* n floats (a multiple of 32, dst apart by low numbers) as hi + lo, both bf16: x to 2^-17. */
+    void (*split)(uint16_t *hi, size_t low, const float *x, int n);
+    /* s[r][32 i + j] = q row r times key j of block i; rows of q lie ld numbers apart. */
+    void (*scores)(float *s, size_t lds, qvl__split q, const qvl__kv_list *keys, int rows, int dim);
+    /* o[r][0..dim) += p row r times the values of the blocks, 32 of them each. */
+    void (*values)(float *o, size_t ldo, qvl__split p, const qvl__kv_list *values, int rows, int dim);
+    /* The values of a block of dim columns, and zero from token n on; returns whether all of the first n are finite. */
+    bool (*first_values)(uint16_t *to, const uint16_t *from, int dim, int n);
+
     /* y[0..n) = x * rsqrt(mean(x^2) + eps) * w; y may be x. */
     void (*rms_norm)(float *y, const float *x, const float *w, int n, float eps);
     void (*layer_norm)(float *y, const float *x, const float *w, const float *b, int n, float eps);
@@ -93,5 +122,6 @@ int qvl__kern_avx2(struct qvl__kern *k);
 int qvl__kern_avx512(struct qvl__kern *k);
 int qvl__kern_avx512_vnni(struct qvl__kern *k);
 int qvl__kern_avx512_bf16(struct qvl__kern *k);
+int qvl__kern_amx(struct qvl__kern *k);
 
 #endif

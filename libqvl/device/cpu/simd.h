@@ -1,6 +1,6 @@
 /* simd.h - the vector vocabulary of kern.c, and the only file with intrinsics.
  *
- * Job:        one set of names (vf, vload, vfma, ...) for four instruction sets, chosen by QVL__ISA_<name>.
+ * Job:        one set of names (vf, vload, vfma, ...) for all instruction sets, chosen by QVL__ISA_<name>.
  * Input:      included by kern.c alone, which the Makefile compiles once for each instruction set.
  * Output:     W lanes in a vector, VP = 16 / W vectors across a panel of 16 columns, the sizes of the matrix tile.
  * Invariants: every operation is lane by lane and rounds to nearest even, so a lane never depends on its neighbours;
@@ -8,8 +8,8 @@
  *             within one level, not between levels;
  *             vmax and vmin are a > b ? a : b and a < b ? a : b, so a NaN in b wins (x86 semantics, also in C).
  *
- * With QVL__SIMD_EMULATE the two 16-wide levels are spelled in plain C, vdpbf16ps included, so that their kernel text
- * and tile sizes run in the tests of a machine without AVX-512.
+ * With QVL__SIMD_EMULATE the 16-wide levels are spelled in plain C, vdpbf16ps and the tile registers of AMX included, so that
+ * their kernel text and tile sizes run in the tests of a machine without them.
  */
 #ifndef QVL__SIMD_H
 #define QVL__SIMD_H
@@ -38,12 +38,29 @@
 #define ISA_INIT qvl__kern_avx512_bf16
 #define HAVE_VNNI 1
 #define HAVE_DOT 1
+#elif defined(QVL__ISA_amx)
+#define ISA_NAME "amx"
+#define ISA_INIT qvl__kern_amx
+#define HAVE_VNNI 1
+#define HAVE_TILES 1
 #else
-#error "compile with -DQVL__ISA_generic, _avx2, _avx512, _avx512_vnni or _avx512_bf16"
+#error "compile with -DQVL__ISA_generic, _avx2, _avx512, _avx512_vnni, _avx512_bf16 or _amx"
 #endif
 
 #ifndef HAVE_VNNI
 #define HAVE_VNNI 0
+#endif
+#ifndef HAVE_TILES
+#define HAVE_TILES 0
+#endif
+
+#if HAVE_TILES
+/* The shapes of the 8 tile registers, as LDTILECFG reads them: rows, and bytes of a row. */
+typedef struct {
+    uint8_t palette, start_row, zero[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} tile_shape;
 #endif
 
 /* The matrix tile is mr rows by np panels, all accumulators in registers: at most MR rows. NP1 panels for one row, NP2
@@ -131,8 +148,8 @@ INLINE vf vload_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16));
 }
 
-#elif (defined(QVL__ISA_avx512) || defined(QVL__ISA_avx512_vnni) || defined(QVL__ISA_avx512_bf16)) && !defined(QVL__SIMD_EMULATE)
-/* ---- AVX-512 F, BW, VL, DQ; and BF16 ---- */
+#elif !defined(QVL__ISA_generic) && !defined(QVL__SIMD_EMULATE)
+/* ---- AVX-512 F, BW, VL, DQ; BF16; AMX ---- */
 #include <immintrin.h>
 #define W 16
 #define MR 6
@@ -206,6 +223,25 @@ INLINE vint vint_dot(vint c, vint a, vint b) { return _mm512_dpbusd_epi32(c, a, 
 INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
 }
+#endif
+#if HAVE_TILES
+/* 2 W floats as bf16, rounded to nearest even; denormals become zero */
+INLINE void vstore_bf16(uint16_t *p, vf a, vf b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a)); }
+/* integers: bytes less what Q8 adds; the halves of bytes less what Q4 adds */
+INLINE vint vint_signed(vint a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)0x80)); }
+INLINE vint vint_signed_half(vint a) { return _mm512_sub_epi8(a, _mm512_set1_epi8(8)); }
+INLINE void vint_store(void *p, vint a) { _mm512_storeu_si512(p, a); }
+INLINE vf vint_load_float(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+
+/* Tile registers (Intel's Software Developer's Manual, volume 1, chapter 18); t, c, a and b are plain digits. */
+#define TILE_SHAPE(shape) __asm__ volatile("ldtilecfg %0" : : "m"(*(shape)))
+#define TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t : :)
+#define TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((size_t)(stride)) : "memory")
+#define TILE_STORE(t, p, stride) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((size_t)(stride)) : "memory")
+/* c += a b: pairs of bf16 into floats; four signed bytes into integers */
+#define TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+#define TILE_INT(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
 #endif
 
 #else
@@ -311,7 +347,7 @@ INLINE vf vload_bf16(const uint16_t *p) {
 INLINE vu vload_pairs(const uint16_t *p) { return *(const vu *)(const void *)p; }
 INLINE vf vpair_even(vu a) { return (vf)(a << 16); }
 INLINE vf vpair_odd(vu a) { return (vf)(a & 0xffff0000u); }
-#if HAVE_DOT
+#if HAVE_DOT || HAVE_TILES
 /* VDPBF16PS after Intel's Software Developer's Manual, volume 2: for each lane the odd elements first, then the even
  * ones, each by a fused multiply-add rounded to nearest even; denormal inputs count as zero, denormal results become
  * zero, MXCSR is not looked at. */
@@ -321,6 +357,8 @@ INLINE float bits_float(uint32_t u) {
     memcpy(&f, &u, 4);
     return flush(f);
 }
+#endif
+#if HAVE_DOT
 static __attribute__((noinline)) vf vdot_pairs(vf c, uint32_t a, vu b) {
     for (int i = 0; i < W; i++) {
         float s = flush(c[i]);
@@ -329,6 +367,68 @@ static __attribute__((noinline)) vf vdot_pairs(vf c, uint32_t a, vu b) {
     }
     return c;
 }
+#endif
+#if HAVE_TILES
+INLINE void vstore_bf16(uint16_t *p, vf a, vf b) {
+    for (int i = 0; i < 2 * W; i++) {
+        float x = flush(i < W ? a[i] : b[i - W]);
+        uint32_t u;
+        memcpy(&u, &x, 4);
+        p[i] = x != x ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+    }
+}
+typedef uint8_t vint __attribute__((vector_size(4 * W), aligned(1), may_alias));
+INLINE vint vint_load(const void *p) { return *(const vint *)p; }
+INLINE void vint_store(void *p, vint a) { *(vint *)p = a; }
+INLINE vint vint_low(vint a) { return a & 15; }
+INLINE vint vint_high(vint a) { return a >> 4; }
+INLINE vint vint_signed(vint a) { return a ^ 0x80; }
+INLINE vint vint_signed_half(vint a) { return a - 8; }
+INLINE vf vint_load_float(const int32_t *p) { return __builtin_convertvector(*(const vi *)p, vf); }
+
+/* TDPBF16PS and TDPBSSD after the same manual: of a row and a column the products of even elements and of odd ones are each added
+ * up by fused multiply-adds, then their sum is added to what was there, all flushed as above. */
+static _Thread_local struct {
+    tile_shape shape;
+    union {
+        float f[16][16];
+        int32_t i[16][16];
+        int8_t b[16][64];
+        uint32_t pairs[16][16];
+    } t[8];
+} tile_file;
+INLINE void tile_zero(int t) { memset(&tile_file.t[t], 0, sizeof tile_file.t[t]); }
+INLINE void tile_load(int t, const void *p, size_t stride) {
+    tile_zero(t);
+    for (int r = 0; r < tile_file.shape.rows[t]; r++) memcpy(tile_file.t[t].b[r], (const char *)p + (size_t)r * stride, tile_file.shape.bytes[t]);
+}
+INLINE void tile_store(int t, void *p, size_t stride) {
+    for (int r = 0; r < tile_file.shape.rows[t]; r++) memcpy((char *)p + (size_t)r * stride, tile_file.t[t].b[r], tile_file.shape.bytes[t]);
+}
+static __attribute__((noinline)) void tile_dot(int c, int a, int b) {
+    for (int m = 0; m < tile_file.shape.rows[a]; m++)
+        for (int n = 0; n < 16; n++) {
+            float even = 0, odd = 0;
+            for (int k = 0; k < tile_file.shape.rows[b]; k++) {
+                uint32_t x = tile_file.t[a].pairs[m][k], y = tile_file.t[b].pairs[k][n];
+                even = flush(__builtin_fmaf(bits_float(x << 16), bits_float(y << 16), even));
+                odd = flush(__builtin_fmaf(bits_float(x & 0xffff0000u), bits_float(y & 0xffff0000u), odd));
+            }
+            tile_file.t[c].f[m][n] = flush(flush(tile_file.t[c].f[m][n]) + flush(even + odd));
+        }
+}
+static __attribute__((noinline)) void tile_int(int c, int a, int b) {
+    for (int m = 0; m < tile_file.shape.rows[a]; m++)
+        for (int n = 0; n < 16; n++)
+            for (int k = 0; k < 4 * tile_file.shape.rows[b]; k++) tile_file.t[c].i[m][n] += tile_file.t[a].b[m][k] * tile_file.t[b].b[k / 4][4 * n + k % 4];
+}
+#define TILE_SHAPE(s) ((void)(tile_file.shape = *(s)))
+#define TILE_RELEASE() ((void)memset(&tile_file.shape, 0, sizeof tile_file.shape))
+#define TILE_ZERO(t) tile_zero(t)
+#define TILE_LOAD(t, p, stride) tile_load(t, p, stride)
+#define TILE_STORE(t, p, stride) tile_store(t, p, stride)
+#define TILE_DOT(c, a, b) tile_dot(c, a, b)
+#define TILE_INT(c, a, b) tile_int(c, a, b)
 #endif
 #endif
 
