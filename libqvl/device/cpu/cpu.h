@@ -13,14 +13,10 @@
 
 #include "kern.h"
 
-/* Rows in a matmul task, K in a block of it, and columns of accumulators: a block of packed rows + accumulators + a widened
- * slice of weights fit a 512 KB second-level cache. */
-#define QVL__GEMM_ROWS 96
+/* K in a block of a matmul task, and columns of accumulators; its rows are the kernels' block_rows. */
 #define QVL__GEMM_K 256
 #define QVL__GEMM_PANELS 16
-#define QVL__GEMM_ACC_FLOATS (QVL__GEMM_ROWS * QVL__GEMM_PANELS * QVL__PANEL)
 #define QVL__GEMM_SLICE_FLOATS (4 * QVL__GEMM_K * QVL__PANEL)
-#define QVL__GEMM_SCRATCH (sizeof(float) * (QVL__GEMM_ACC_FLOATS + QVL__GEMM_SLICE_FLOATS))
 #define QVL__PACK_BYTES ((size_t)8 << 20) /* rows of a matmul in packed form, all threads together */
 #define QVL__MAX_K (1 << 20)              /* inputs of a weight: a packed row must fit */
 
@@ -46,6 +42,9 @@ static inline void *qvl__cpu_scratch(const qvl__device *d, int worker) {
     const struct qvl__cpu *c = d->impl;
     return c->scratch + (size_t)worker * c->slice;
 }
+
+/* Floats of accumulators of a matmul task. */
+static inline int qvl__gemm_acc_floats(const struct qvl__kern *k) { return k->block_rows * QVL__GEMM_PANELS * QVL__PANEL; }
 
 static inline int qvl__div_up(int a, int b) { return a / b + (a % b != 0); }
 

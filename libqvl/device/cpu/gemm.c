@@ -124,7 +124,7 @@ static void plan_packing(job *j) {
     bool many = j->rows > j->mr;
     /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
     j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;
-    j->block = w->type == QVL__F32 || j->widen ? QVL__GEMM_K : 2 * QVL__GEMM_K;
+    j->block = w->type == QVL__F32 || j->widen || (j->form != FLOATS && j->k->tiles) ? QVL__GEMM_K : 2 * QVL__GEMM_K;
     if (!many) j->block = qvl__div_up(w->k, QVL__GROUP) * QVL__GROUP; /* all of it */
     size_t one = j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : w->type == QVL__Q8 ? (size_t)j->k->q8_bytes : 1;
     j->scales = (size_t)j->block * one;
@@ -136,13 +136,13 @@ static void plan_packing(job *j) {
 static void matmul_rows(job *j) {
     qvl__device *d = j->d;
     int threads = qvl__cpu_threads(d), rows = j->rows;
-    j->block_rows = qvl__div_up(rows, qvl__div_up(rows, QVL__GEMM_ROWS)); /* nearly equal, then whole tiles: at most 96 */
-    if (rows > QVL__GEMM_ROWS) j->block_rows = qvl__div_up(j->block_rows, j->mr) * j->mr;
+    j->block_rows = qvl__div_up(rows, qvl__div_up(rows, j->k->block_rows)); /* nearly equal, then whole tiles */
+    if (rows > j->k->block_rows) j->block_rows = qvl__div_up(j->block_rows, j->mr) * j->mr;
     j->row_blocks = qvl__div_up(rows, j->block_rows);
 
     /* Panels of a task: as many as the accumulators allow, few enough that every thread gets several tasks, and a
      * multiple of 8 (two tiles of the widest) where the matrix is large. */
-    int most = QVL__GEMM_ACC_FLOATS / QVL__PANEL / j->block_rows;
+    int most = qvl__gemm_acc_floats(j->k) / QVL__PANEL / j->block_rows;
     int64_t tasks = (int64_t)threads * 4;
     int64_t want = ((int64_t)j->panels * j->row_blocks + tasks - 1) / tasks;
     want = want < 1 ? 1 : want > most ? most : want;
@@ -173,7 +173,7 @@ void qvl__cpu_matmul(qvl__device *d, float *y, const float *x, int rows, const q
     }
     size_t row_bytes = (size_t)qvl__div_up(w->k, j.block) * j.stride;
     int most = (int)(QVL__PACK_BYTES / row_bytes); /* at least one: QVL__MAX_K */
-    if (most > QVL__GEMM_ROWS) most = most / QVL__GEMM_ROWS * QVL__GEMM_ROWS;
+    if (most > c->kern.block_rows) most = most / c->kern.block_rows * c->kern.block_rows;
     pthread_mutex_lock(&c->packing);
     j.packed = c->packed;
     for (int r = 0; r < rows; r += j.rows) {

@@ -119,7 +119,7 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
     for (int g = 0; g < groups; g++, q += QVL__GROUP * INT_BYTES(q8), start += sizeof(int32_t), by += sizeof(float)) {
         for (int j = 0; mr == 1 && j < nv; j++) {
             const char *far = b + (size_t)((v0 + j) / VP) * bs + head + (size_t)(g0 + g) * body + (size_t)((v0 + j) % VP) * body / VP + AHEAD;
-            for (size_t i = 0; i < body / VP; i += 64) TO_L2(far + i);
+            for (size_t i = 0; i < body / VP; i += 64) TO_NEAR(far + i);
         }
         for (int j = v0; next.at && j < v0 + nv; j += VP) {
             const char *then = next.at + (size_t)(j / VP) * bs, *ints = then + head + (size_t)g0 * body;

@@ -25,6 +25,7 @@ typedef struct {
 } ahead;
 
 #define TO_L2(p) __builtin_prefetch(p, 0, 2)
+#define TO_NEAR(p) __builtin_prefetch(p, 0, HAVE_TILES ? 3 : 2) /* what one row needs soon: of the CPUs with tile registers the first level does wait for enough */
 
 typedef void tile_fn(float *c, size_t ldc, const float *a, size_t lda, const char *b, size_t bs, int k, bool resume, ahead next);
 
@@ -624,6 +625,7 @@ int ISA_INIT(struct qvl__kern *k) {
         .np = NP4,
         .dot_mr = HAVE_TILES ? 32 : MR,
         .int_mr = HAVE_TILES ? 16 : MR,
+        .block_rows = HAVE_TILES ? 256 : 96, /* of 2 MB, or of 512 KB */
         .q8_bytes = INT_BYTES(1),
         .widen_first = WIDEN_FIRST,
         .gemm = gemm,

@@ -184,8 +184,8 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     pthread_mutex_init(&c->packing, NULL);
     init(&c->kern);
     c->threads = qvl__pool_threads(pool);
-    size_t attention = QVL__ATTN_FLOATS(QVL__ATTN_MAX_DIM) * sizeof(float);
-    c->slice = ((QVL__GEMM_SCRATCH > attention ? QVL__GEMM_SCRATCH : attention) + 4095) / 4096 * 4096;
+    size_t attention = QVL__ATTN_FLOATS(QVL__ATTN_MAX_DIM), matmul = (size_t)qvl__gemm_acc_floats(&c->kern) + QVL__GEMM_SLICE_FLOATS;
+    c->slice = ((matmul > attention ? matmul : attention) * sizeof(float) + 4095) / 4096 * 4096;
     c->scratch = qvl__pages(c->slice * (size_t)c->threads);
     c->packed = qvl__pages(QVL__PACK_BYTES);
     if (!c->scratch || !c->packed) {

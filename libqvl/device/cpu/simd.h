@@ -159,9 +159,9 @@ INLINE vf vload_bf16(const uint16_t *p) {
 #define NP4 4
 #define INT_MR (HAVE_VNNI ? 6 : 4) /* sums of 8-bit weights take two registers each without VNNI */
 #define INT_NP 2
-#define INT_NP1 4
+#define INT_NP1 (HAVE_TILES ? 2 : 4) /* Intel reads fewer streams faster */
 #define INT_NV 2
-#define INT_NV1 4
+#define INT_NV1 INT_NP1
 typedef __m512 vf;
 typedef __m512i vu;
 INLINE vf vzero(void) { return _mm512_setzero_ps(); }

@@ -15,6 +15,7 @@
 #define QVL__TILES_H
 
 #define REG_ROWS 16                    /* rows of a register */
+#define DOT_AHEAD 2048 /* bytes of a panel */
 #define STEP_BYTES (32 * PANEL * 2) /* of a bf16 panel: what a step of 32 in k takes */
 
 /* Registers of activations and sums get rows and rows2 (the second ones) rows; words: 32-bit words of k in a step. */
@@ -73,7 +74,9 @@ INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size
     }
     for (int s = 0; s < steps; s++) {
         const char *x = (const char *)(a->hi + (size_t)s * 32);
-        if (next.at)
+        if (R == 1 && !split) /* few rows: weights come from memory as they are needed */
+            for (size_t i = 0; i < (size_t)(STEP_BYTES * P); i += 64) TO_NEAR(b->at + i / STEP_BYTES * b->panel + (size_t)s * STEP_BYTES + i % STEP_BYTES + DOT_AHEAD);
+        else if (next.at)
             for (size_t i = from; i < to; i++) TO_L2(next.at + i / (STEP_BYTES / 64) * b->panel + (size_t)s * STEP_BYTES + i % (STEP_BYTES / 64) * 64);
         TILE_LOAD(6, tile_step(b, 0, s), 64);
         if (P > 1) TILE_LOAD(7, tile_step(b, 1, s), 64);
@@ -201,7 +204,7 @@ INLINE void int_signed(const int q8, int_scratch *s, int p, const char *panel, i
 }
 
 /* The sums of groups g.. (n of them) by P panels to buffer. */
-INLINE void int_products(const int P, const int n, int_scratch *s, int buffer, const int8_t *q, size_t stride, int g) {
+INLINE void int_products(const int P, const int n, const int_scratch *s, const int8_t *q, size_t stride, int g) {
     TILE_LOAD(4, q + (size_t)g * QVL__GROUP, stride);
     TILE_LOAD(6, s->q[0][g], 64);
     TILE_ZERO(0);
@@ -222,6 +225,9 @@ INLINE void int_products(const int P, const int n, int_scratch *s, int buffer, c
             TILE_INT(3, 5, 7);
         }
     }
+}
+
+INLINE void int_store(const int P, const int n, int_scratch *s, int buffer) {
     TILE_STORE(0, s->sum[buffer][0][0], 64);
     if (P > 1) TILE_STORE(1, s->sum[buffer][0][1], 64);
     if (n > 1) TILE_STORE(2, s->sum[buffer][1][0], 64);
@@ -257,11 +263,13 @@ INLINE void int_rows(const int P, int_scratch *s, float *c, size_t ldc, const qv
     const char *by = (const char *)a->scale + at;
     int whole = groups / BATCH;
     for (int i = 0; i <= whole; i++) {
-        if (i < whole) int_products(P, BATCH, s, i % 2, q, a->stride, i * BATCH);
+        if (i < whole) int_products(P, BATCH, s, q, a->stride, i * BATCH);
         if (i > 0) int_floats(P, BATCH, s, (i - 1) % 2, c, ldc, by, a->stride, (i - 1) * BATCH, rows);
+        if (i < whole) int_store(P, BATCH, s, i % 2);
     }
     if (groups % BATCH) {
-        int_products(P, 1, s, 0, q, a->stride, groups - 1);
+        int_products(P, 1, s, q, a->stride, groups - 1);
+        int_store(P, 1, s, 0);
         int_floats(P, 1, s, 0, c, ldc, by, a->stride, groups - 1, rows);
     }
 }
