@@ -178,6 +178,7 @@ static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const 
 
 #define BATCH 2       /* groups by BATCH panels, the four sums */
 #define INT_GROUPS 16 /* of a panel in scratch at a time */
+#define INT_AHEAD 2048 /* bytes of a panel that one register of rows asks ahead */
 #define FEW_ROWS 6    /* up to so many integers.h is faster */
 
 typedef struct {
@@ -186,18 +187,28 @@ typedef struct {
     int32_t sum[2][BATCH][2][REG_ROWS][PANEL]; /* two batches in turn */
 } int_scratch;
 
-/* Groups g0.. of a panel. */
-INLINE void int_signed(const int q8, int_scratch *s, int p, const char *panel, int all_groups, int g0, int groups) {
+/* Where the weights of P panels lie. */
+typedef struct {
+    const char *panel;
+    size_t step; /* bytes from panel to panel */
+    int all_groups, g0;
+} int_panels;
+
+/* Groups g.. of P panels to scratch. */
+INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_panels *w, int g, int n) {
     const size_t body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
-    const char *from = panel + QVL__INT_HEAD(all_groups) + (size_t)g0 * body;
-    for (int g = 0; g < groups; g++) {
-        vstore(s->scale[p][g], vload_bf16((const uint16_t *)(const void *)panel + (size_t)(g0 + g) * PANEL));
-        for (int i = 0; i < QVL__GROUP / 4; i++) {
-            uint8_t *to = s->q[p][g] + i * 4 * PANEL;
-            if (q8) vint_store(to, vint_signed(vint_load(from + (size_t)g * body + i * 4 * PANEL)));
-            else {
-                vint x = vint_load(from + (size_t)g * body + i % 4 * 4 * PANEL);
-                vint_store(to, vint_signed_half(i < 4 ? vint_low(x) : vint_high(x)));
+    for (int p = 0; p < P; p++) {
+        const char *panel = w->panel + (size_t)p * w->step, *from = panel + QVL__INT_HEAD(w->all_groups) + (size_t)(w->g0 + g) * body;
+        for (int i = 0; i < n; i++, from += body) {
+            vstore(s->scale[p][g + i], vload_bf16((const uint16_t *)(const void *)panel + (size_t)(w->g0 + g + i) * PANEL));
+#pragma GCC unroll 8
+            for (int j = 0; j < QVL__GROUP / 4; j++) {
+                uint8_t *to = s->q[p][g + i] + j * 4 * PANEL;
+                if (q8) vint_store(to, vint_signed(vint_load(from + j * 4 * PANEL)));
+                else {
+                    vint x = vint_load(from + j % 4 * 4 * PANEL);
+                    vint_store(to, vint_signed_half(j < 4 ? vint_low(x) : vint_high(x)));
+                }
             }
         }
     }
@@ -234,8 +245,16 @@ INLINE void int_store(const int P, const int n, int_scratch *s, int buffer) {
     if (n > 1 && P > 1) TILE_STORE(3, s->sum[buffer][1][1], 64);
 }
 
+/* What is asked for from memory meanwhile, a line for each row, because many at once would wait for one another: of each panel
+ * lines from at on, step bytes from panel to panel. */
+typedef struct {
+    const char *at;
+    size_t step;
+    int lines;
+} int_ahead;
+
 /* Their float steps. by: the scales of the first row. */
-INLINE void int_floats(const int P, const int n, const int_scratch *s, int buffer, float *c, size_t ldc, const char *by, size_t stride, int g, int rows) {
+INLINE void int_floats(const int P, const int n, const int_scratch *s, int buffer, float *c, size_t ldc, const char *by, size_t stride, int g, int rows, int_ahead ask) {
     vf scale[BATCH][2];
 #pragma GCC unroll 2
     for (int i = 0; i < n; i++)
@@ -243,6 +262,7 @@ INLINE void int_floats(const int P, const int n, const int_scratch *s, int buffe
         for (int p = 0; p < P; p++) scale[i][p] = vload(s->scale[p][g + i]);
     for (int r = 0; r < rows; r++, by += stride, c += ldc) {
         vf sum[2];
+        for (int p = 0; r < ask.lines && p < P; p++) TO_NEAR(ask.at + (size_t)p * ask.step + (size_t)r * 64);
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++) sum[p] = vload(c + p * PANEL);
 #pragma GCC unroll 2
@@ -256,21 +276,53 @@ INLINE void int_floats(const int P, const int n, const int_scratch *s, int buffe
     }
 }
 
-/* One register of rows by P panels whose weights are in scratch. */
-INLINE void int_rows(const int P, int_scratch *s, float *c, size_t ldc, const qvl__ints *a, int row, int rows, int groups) {
-    const size_t at = (size_t)row * a->stride;
+/* One register of rows by groups of P panels. Weights are in scratch already, or (fresh) get there just before they are needed, so that
+ * memory has no pause. next: the integers of the panels behind these, part of which are asked for. */
+INLINE void int_rows(const bool q8, const int P, const bool fresh, int_scratch *s, float *c, size_t ldc, const qvl__ints *a, int row, int rows, const int_panels *w,
+                     int groups, ahead next) {
+    const size_t at = (size_t)row * a->stride, body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    const size_t lines = BATCH * body / 64, from = lines * (size_t)next.part / (size_t)next.parts, to = lines * (size_t)(next.part + 1) / (size_t)next.parts;
     const int8_t *q = a->q + at;
     const char *by = (const char *)a->scale + at;
     int whole = groups / BATCH;
+    int_ahead ask = {NULL, 0, 0};
     for (int i = 0; i <= whole; i++) {
-        if (i < whole) int_products(P, BATCH, s, q, a->stride, i * BATCH);
-        if (i > 0) int_floats(P, BATCH, s, (i - 1) % 2, c, ldc, by, a->stride, (i - 1) * BATCH, rows);
+        if (i < whole) {
+            if (fresh) ask = (int_ahead){w->panel + QVL__INT_HEAD(w->all_groups) + (size_t)(w->g0 + i * BATCH) * body + INT_AHEAD, w->step, (int)lines};
+            if (fresh) int_signed(q8, P, s, w, i * BATCH, BATCH);
+            int_products(P, BATCH, s, q, a->stride, i * BATCH);
+            for (size_t l = from; !fresh && next.at && l < to; l++)
+                for (size_t p = 0; p < (size_t)P; p++) TO_L2(next.at + p * w->step + ((size_t)i * lines + l) * 64);
+        }
+        if (i > 0) int_floats(P, BATCH, s, (i - 1) % 2, c, ldc, by, a->stride, (i - 1) * BATCH, rows, ask);
         if (i < whole) int_store(P, BATCH, s, i % 2);
     }
     if (groups % BATCH) {
+        if (fresh) int_signed(q8, P, s, w, groups - 1, 1);
         int_products(P, 1, s, q, a->stride, groups - 1);
         int_store(P, 1, s, 0);
-        int_floats(P, 1, s, 0, c, ldc, by, a->stride, groups - 1, rows);
+        int_floats(P, 1, s, 0, c, ldc, by, a->stride, groups - 1, rows, ask);
+    }
+}
+
+/* All rows by P panels. */
+INLINE void int_block(const bool q8, const int P, float *c, size_t ldc, const qvl__ints *a, int rows, int_panels w, int groups, bool more) {
+    int_scratch s;
+    const int registers = (rows + REG_ROWS - 1) / REG_ROWS, g0 = w.g0;
+    const size_t body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    for (int g = 0, n; g < groups; g += n) {
+        n = groups - g < INT_GROUPS ? groups - g : INT_GROUPS;
+        w.g0 = g0 + g;
+        if (registers > 1) int_signed(q8, P, &s, &w, 0, n);
+        ahead next = {more ? w.panel + P * w.step + QVL__INT_HEAD(w.all_groups) + (size_t)w.g0 * body : NULL, 0, registers};
+        qvl__ints x = {a->q + (size_t)g * QVL__GROUP, a->scale + g, NULL, a->stride};
+        for (int r = 0, some; r < rows; r += some, next.part++) {
+            some = rows - r < REG_ROWS ? rows - r : REG_ROWS;
+            if (some != REG_ROWS && r > 0) tiles_take(some, some, QVL__GROUP / 4);
+            if (registers > 1) int_rows(q8, P, false, &s, c + (size_t)r * ldc, ldc, &x, r, some, &w, n, next);
+            else int_rows(q8, P, true, &s, c, ldc, &x, 0, some, &w, n, next);
+        }
+        if (registers > 1 && rows % REG_ROWS) tiles_take(REG_ROWS, REG_ROWS, QVL__GROUP / 4);
     }
 }
 
@@ -280,37 +332,18 @@ static void gemm_int_tiles(qvl__type type, float *c, size_t ldc, const qvl__ints
         gemm_int(type, c, ldc, a, panels, panel_bytes, rows, count, all_groups, g0, groups, resume);
         return;
     }
-    int_scratch s;
-    const bool q8 = type == QVL__Q8;
-    const size_t body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
     if (!resume)
         for (int r = 0; r < rows; r++) memset(c + (size_t)r * ldc, 0, (size_t)count * PANEL * sizeof(float));
-    const int registers = (rows + REG_ROWS - 1) / REG_ROWS;
-    int shaped = 0;
-    for (int p = 0, np; p < count; p += np) {
-        np = count - p > 1 ? 2 : 1;
-        const char *panel = (const char *)panels + (size_t)p * panel_bytes;
-        for (int g = 0, n; g < groups; g += n) {
-            n = groups - g < INT_GROUPS ? groups - g : INT_GROUPS;
-            for (int i = 0; i < np; i++) {
-                if (q8) int_signed(1, &s, i, panel + (size_t)i * panel_bytes, all_groups, g0 + g, n);
-                else int_signed(0, &s, i, panel + (size_t)i * panel_bytes, all_groups, g0 + g, n);
-            }
-            for (int t = 0; t < registers; t++) {
-                const int r = t * REG_ROWS, some = rows - r < REG_ROWS ? rows - r : REG_ROWS;
-                if (some != shaped) tiles_take(some, some, QVL__GROUP / 4);
-                shaped = some;
-                for (int i = 0; i < np && p + np < count; i++) { /* part t of what the panels behind these have there, from memory */
-                    const char *then = panel + (size_t)(np + (p + np + i < count ? i : 0)) * panel_bytes + QVL__INT_HEAD(all_groups) + (size_t)(g0 + g) * body;
-                    size_t lines = (size_t)n * body / 64;
-                    for (size_t l = lines * (size_t)t / (size_t)registers; l < lines * (size_t)(t + 1) / (size_t)registers; l++) TO_L2(then + l * 64);
-                }
-                qvl__ints x = {a->q + (size_t)g * QVL__GROUP, a->scale + g, NULL, a->stride};
-                float *to = c + (size_t)r * ldc + (size_t)p * PANEL;
-                if (np > 1) int_rows(2, &s, to, ldc, &x, r, some, n);
-                else int_rows(1, &s, to, ldc, &x, r, some, n);
-            }
-        }
+    int first = rows < REG_ROWS ? rows : REG_ROWS;
+    tiles_take(first, first, QVL__GROUP / 4);
+    for (int p = 0; p < count; p += 2) {
+        int_panels w = {(const char *)panels + (size_t)p * panel_bytes, panel_bytes, all_groups, g0};
+        float *to = c + (size_t)p * PANEL;
+        bool q8 = type == QVL__Q8, more = count - p >= 4;
+        if (count - p == 1 && q8) int_block(true, 1, to, ldc, a, rows, w, groups, more);
+        else if (count - p == 1) int_block(false, 1, to, ldc, a, rows, w, groups, more);
+        else if (q8) int_block(true, 2, to, ldc, a, rows, w, groups, more);
+        else int_block(false, 2, to, ldc, a, rows, w, groups, more);
     }
     TILE_RELEASE();
 }
