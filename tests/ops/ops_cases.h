@@ -807,13 +807,48 @@ static void paged_others(qvl__device *d) {
     static const paged_case cases[] = {{2, 2, 64, {1, 33, 70, 5}}, {8, 2, 64, {100, 2, 65, 64}}, {8, 1, 128, {7, 97, 1, 33}}, {2, 1, 18, {33, 31, 34, 1}}};
     paged_body(d, cases, sizeof cases / sizeof *cases);
 }
+/* With bf16 products a CPU with tile registers attends on them. */
+static void on_tiles_too(qvl__device *d) {
+    if (d->host_memory && d->bf16_math) paged_some(d);
+}
+static void others_on_tiles_too(qvl__device *d) {
+    if (d->host_memory && d->bf16_math) paged_others(d);
+}
 static void test_attention_paged(void **state) {
     (void)state;
     each_level(2, false, paged_some);
+    each_level(2, true, on_tiles_too);
 }
 static void test_attention_shapes(void **state) {
     (void)state;
     each_level(2, false, paged_others);
+    each_level(2, true, others_on_tiles_too);
+}
+
+/* A value that is not a number reaches the tokens that see it, and no other that is computed beside them. */
+static void stray_body(qvl__device *d) {
+    const int lengths[SEQS] = {70, 33, 64, 1}, heads = 4, kv_heads = 2, n = 64, stray = 41; /* a row of the first sequence */
+    text_case t = new_text(heads, kv_heads, n, lengths);
+    size_t ld = (size_t)(heads + 2 * kv_heads) * (size_t)n, width = (size_t)(heads * n);
+    float *qkv = floats((size_t)t.rows * ld), *out = floats((size_t)t.rows * width), *z = floats((size_t)t.rows * width);
+    qvl__kv kv;
+    assert_int_equal(d->kv_new(d, &kv, QVL__BF16, 2, kv_heads, n, t.blocks), 0);
+    run_text(d, &t, &kv, qkv, out, 0, t.rows);
+    for (int i = 0; i < 2 * n; i += 5) t.qkv0[(size_t)stray * ld + (size_t)((heads + kv_heads) * n + i)] = i % 2 ? NAN : INFINITY;
+    run_text(d, &t, &kv, qkv, z, 0, t.rows);
+    check_bits("rows before a stray value", d->isa, out, z, (size_t)stray * width);
+    check_bits("rows of other sequences", d->isa, out + 70 * width, z + 70 * width, (size_t)(t.rows - 70) * width);
+    for (int r = stray; r < 70; r++)
+        for (int i = 0; i < 2 * n; i += 5) /* the first head of the two that share it */
+            assert_false(isfinite(z[(size_t)r * width + (size_t)(i / n * 2 * n + i % n)]));
+    d->kv_free(d, &kv);
+    free(z), free(out), free(qkv);
+    free_text(&t);
+}
+static void test_stray_value(void **state) {
+    (void)state;
+    each_level(2, false, stray_body);
+    each_level(2, true, stray_body);
 }
 
 /* Decoding rows of all sequences in one batch give what each gives alone; and scores that grow and shrink by large
@@ -852,6 +887,7 @@ static void decode_body(qvl__device *d) {
 static void test_decode_batch(void **state) {
     (void)state;
     each_level(3, false, decode_body);
+    each_level(3, true, decode_body);
 }
 
 /* ---- vision ---- */
@@ -928,6 +964,7 @@ static void vision_body(qvl__device *d) {
 static void test_vision(void **state) {
     (void)state;
     each_level(2, false, vision_body);
+    each_level(2, true, vision_body);
 }
 
 /* ---- refusals ---- */
@@ -956,6 +993,6 @@ static void test_refusals(void **state) {
         cmocka_unit_test(test_matmul_bits), cmocka_unit_test(test_matmul_bits_bf16_math),               \
         cmocka_unit_test(test_activations), cmocka_unit_test(test_norms), cmocka_unit_test(test_row_ops), \
         cmocka_unit_test(test_moe), cmocka_unit_test(test_attention_paged), cmocka_unit_test(test_attention_shapes), \
-        cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
+        cmocka_unit_test(test_stray_value), cmocka_unit_test(test_decode_batch), cmocka_unit_test(test_vision), cmocka_unit_test(test_refusals)
 
 #endif

@@ -414,11 +414,11 @@ static bool first_values(uint16_t *to, const uint16_t *from, int dim, int n) {
         for (int pair = 0; pair < QVL__KV_BLOCK / 2; pair++, src += PANEL, dst += PANEL) {
             uint32_t mask = 2 * pair + 1 < n ? 0xffffffffu : 2 * pair < n ? 0xffffu : 0;
             for (int j = 0; j < PANEL; j++) {
-                uint32_t x = dst[j] = src[j] & mask;
-                bad |= (uint32_t)((x & 0x7f80u) == 0x7f80u) | (uint32_t)((x & 0x7f800000u) == 0x7f800000u);
+                dst[j] = src[j] & mask;
+                bad |= (dst[j] & 0x7f807f80u) + 0x00800080u; /* an exponent of ones overflows */
             }
         }
-    return !bad;
+    return !(bad & 0x80008000u);
 }
 
 #endif
