@@ -5,15 +5,17 @@
  * Input:      an open CPU device.
  * Output:     a JSON object: limits, and a line for each kernel (qvl.h, qvl_bench_kernels).
  * Invariants: a kernel's limit is the longer of the two times that its bytes and its operations need (Williams et al. 2009);
- *             the best of several runs counts, for limits and kernels alike; what streams is larger than caches are;
+ *             the best of several runs counts, for limits and kernels alike; what streams is larger than caches are (up to 512 MB of them);
  *             weights and keys are one byte pattern throughout, a small positive number in every type.
  */
 #include <inttypes.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cpu.h"
 
-#define REGION ((size_t)256 << 20) /* bytes that are streamed */
+#define LEAST ((size_t)256 << 20) /* bytes that are streamed: twice the last cache, within these */
+#define MOST ((size_t)1 << 30)
 #define PATTERN 0x3c               /* 0.0115 as F32 and BF16, 1.06 as F16 */
 #define FOR_MS 60                  /* how long a kernel is repeated, at least three times */
 
@@ -21,6 +23,7 @@ typedef struct {
     qvl__device *d;
     const struct qvl__kern *k;
     char *region;
+    size_t size; /* of region */
     float *x, *y; /* ROWS rows of INPUTS and of OUTPUTS */
     double read;  /* bytes a millisecond */
     double peak[QVL__Q4 + 1];
@@ -30,7 +33,7 @@ typedef struct {
     void *ud;
 } bench;
 
-enum { ROWS = 512, INPUTS = 2048, OUTPUTS = 6144, HEADS = 16, KV_HEADS = 8, DIM = 128, DEPTH = 2048, LAYERS = 16, SPAN = 1024, VISION_DIM = 64 };
+enum { ROWS = 512, INPUTS = 2048, OUTPUTS = 6144, HEADS = 16, KV_HEADS = 8, DIM = 128, DEPTH = 2048, LAYERS = 16 /* of keys, in LEAST */, SPAN = 1024, VISION_DIM = 64 };
 enum { LINES = 25 };
 
 /* ---- limits ---- */
@@ -58,9 +61,10 @@ static void read_task(void *ctx, int task, int worker) {
     (void)worker;
     enum { STRETCH = 32 << 10 };
     const read_job *j = ctx;
-    const char *p = j->b->region + REGION / PIECES * (size_t)task;
+    const size_t piece = j->b->size / PIECES;
+    const char *p = j->b->region + piece * (size_t)task;
     uint64_t s[16] = {0};
-    for (size_t at = 0; at < REGION / PIECES; at += (size_t)j->streams * STRETCH)
+    for (size_t at = 0; at < piece; at += (size_t)j->streams * STRETCH)
         for (size_t i = 0; i < STRETCH; i += 64)
             for (int k = 0; k < j->streams; k++) s[k] |= *(const uint64_t *)(const void *)(p + at + (size_t)k * STRETCH + i);
     volatile uint64_t sink = 0;
@@ -77,7 +81,7 @@ static double read_limit(bench *b) {
         double t = best_of(read_all, &j);
         if (t < best) best = t;
     }
-    return (double)REGION / best;
+    return (double)b->size / best;
 }
 
 typedef struct {
@@ -119,7 +123,7 @@ static int report(bench *b, const char *kernel, const char *type, int rows, doub
 
 typedef struct {
     bench *b;
-    qvl__matrix m[64]; /* one after the other through the region */
+    qvl__matrix m[160]; /* one after the other through the region */
     int matrices, rows;
     qvl__kv kv;
     qvl__ragged ragged;
@@ -137,7 +141,7 @@ static int matmuls(bench *b, qvl__type type) {
     job j = {.b = b};
     size_t bytes = qvl__cpu_panel_bytes(type, INPUTS) * (OUTPUTS / QVL__PANEL);
     int rc = 0;
-    for (; j.matrices < 64 && (size_t)(j.matrices + 1) * bytes <= REGION && rc == 0; j.matrices++)
+    for (; j.matrices < 160 && (size_t)(j.matrices + 1) * bytes <= b->size && rc == 0; j.matrices++)
         rc = b->d->matrix_map(b->d, &j.m[j.matrices], type, OUTPUTS, INPUTS, (qvl__role){0}, b->region + (size_t)j.matrices * bytes, bytes);
     for (int i = 0; i < 3 && rc == 0; i++) {
         j.rows = rows[i];
@@ -148,17 +152,20 @@ static int matmuls(bench *b, qvl__type type) {
     return rc;
 }
 
+/* Whose arithmetic attention over bf16 keys uses. */
+static qvl__type attention_type(const bench *b) { return b->d->bf16_math && b->k->tiles ? QVL__BF16 : QVL__F32; }
+
 static void run_paged(void *ctx, int round) {
     job *j = ctx;
     bench *b = j->b;
-    b->d->attention_paged(b->d, b->y, b->x, HEADS, &j->kv, round % LAYERS, &j->ragged);
+    b->d->attention_paged(b->d, b->y, b->x, HEADS, &j->kv, round % j->kv.layers, &j->ragged);
 }
 
 /* Attention of one new token, and of a chunk of a prompt, over DEPTH keys. */
 static int paged(bench *b, qvl__type type) {
     int32_t seq[ROWS] = {0}, pos[ROWS], table[DEPTH / QVL__KV_BLOCK];
     job j = {.b = b};
-    int rc = b->d->kv_new(b->d, &j.kv, type, LAYERS, KV_HEADS, DIM, DEPTH / QVL__KV_BLOCK);
+    int rc = b->d->kv_new(b->d, &j.kv, type, LAYERS * (int)(b->size / LEAST), KV_HEADS, DIM, DEPTH / QVL__KV_BLOCK);
     if (rc) return rc;
     memset(j.kv.data, PATTERN, j.kv.block_bytes * (size_t)j.kv.blocks);
     for (int i = 0; i < ROWS; i++) pos[i] = DEPTH - ROWS + i;
@@ -166,8 +173,8 @@ static int paged(bench *b, qvl__type type) {
     for (int many = 0; many < 2 && rc == 0; many++) {
         int rows = many ? ROWS : 1;
         j.ragged = (qvl__ragged){.rows = rows, .seq = seq, .pos = pos + ROWS - rows, .table = table, .stride = DEPTH / QVL__KV_BLOCK};
-        double keys = rows * (DEPTH - (rows - 1) / 2.0), bytes = (double)j.kv.block_bytes * j.kv.blocks / LAYERS + 2.0 * rows * HEADS * DIM * sizeof(float);
-        rc = report(b, "attention_paged", qvl__type_name(type), rows, best_of(run_paged, &j), bytes, 4.0 * keys * HEADS * DIM, QVL__F32);
+        double keys = rows * (DEPTH - (rows - 1) / 2.0), bytes = (double)j.kv.block_bytes * j.kv.blocks / j.kv.layers + 2.0 * rows * HEADS * DIM * sizeof(float);
+        rc = report(b, "attention_paged", qvl__type_name(type), rows, best_of(run_paged, &j), bytes, 4.0 * keys * HEADS * DIM, type == QVL__BF16 ? attention_type(b) : QVL__F32);
     }
     b->d->kv_free(b->d, &j.kv);
     return rc;
@@ -186,28 +193,29 @@ static int full(bench *b) {
     job j = {.b = b, .scratch = qvl__pages(bytes)};
     if (!j.scratch) return QVL_ENOMEM;
     int rc = report(b, "attention_full", "f32", SPAN, best_of(run_full, &j), (4.0 * SPAN * HEADS * VISION_DIM) * sizeof(float),
-                  4.0 * SPAN * SPAN * HEADS * VISION_DIM, QVL__F32);
+                  4.0 * SPAN * SPAN * HEADS * VISION_DIM, attention_type(b));
     qvl__pages_free(j.scratch, bytes);
     return rc;
 }
 
 /* Row by row through half of the region into the other half. */
-enum { LONG_ROWS = REGION / 2 / INPUTS / sizeof(float) };
+static int long_rows(const bench *b) { return (int)(b->size / 2 / INPUTS / sizeof(float)); }
 static void run_rms(void *ctx, int round) {
     (void)round;
     bench *b = ((job *)ctx)->b;
-    b->d->rms_norm(b->d, (float *)(void *)(b->region + REGION / 2), (const float *)(const void *)b->region, b->x, LONG_ROWS, INPUTS, 1e-6f);
+    b->d->rms_norm(b->d, (float *)(void *)(b->region + b->size / 2), (const float *)(const void *)b->region, b->x, long_rows(b), INPUTS, 1e-6f);
 }
 static void run_layer(void *ctx, int round) {
     (void)round;
     bench *b = ((job *)ctx)->b;
-    b->d->layer_norm(b->d, (float *)(void *)(b->region + REGION / 2), (const float *)(const void *)b->region, b->x, b->x, LONG_ROWS, INPUTS, 1e-6f);
+    b->d->layer_norm(b->d, (float *)(void *)(b->region + b->size / 2), (const float *)(const void *)b->region, b->x, b->x, long_rows(b), INPUTS, 1e-6f);
 }
 static void quantize_task(void *ctx, int task, int worker) {
     (void)worker;
     bench *b = ((job *)ctx)->b;
-    for (int r = qvl__cpu_cut(LONG_ROWS, task, PIECES); r < qvl__cpu_cut(LONG_ROWS, task + 1, PIECES); r++) {
-        char *to = b->region + REGION / 2 + (size_t)r * INPUTS * 3;
+    const int rows = long_rows(b);
+    for (int r = qvl__cpu_cut(rows, task, PIECES); r < qvl__cpu_cut(rows, task + 1, PIECES); r++) {
+        char *to = b->region + b->size / 2 + (size_t)r * INPUTS * 3;
         float *scale = (float *)(void *)(to + INPUTS * b->k->q8_bytes);
         b->k->quantize_rows(QVL__Q8, (int8_t *)to, scale, (int32_t *)(void *)(scale + INPUTS / QVL__GROUP), (const float *)(const void *)b->region + (size_t)r * INPUTS, INPUTS);
     }
@@ -225,10 +233,11 @@ static void run_put(void *ctx, int round) {
 static int rows_and_weights(bench *b) {
     static const qvl__type types[] = {QVL__BF16, QVL__Q8, QVL__Q4};
     job j = {.b = b};
-    double numbers = (double)LONG_ROWS * INPUTS;
-    int rc = report(b, "rms_norm", "f32", LONG_ROWS, best_of(run_rms, &j), 8 * numbers, 4 * numbers, QVL__F32);
-    if (rc == 0) rc = report(b, "layer_norm", "f32", LONG_ROWS, best_of(run_layer, &j), 8 * numbers, 7 * numbers, QVL__F32);
-    if (rc == 0) rc = report(b, "quantize_rows", "int8", LONG_ROWS, best_of(run_quantize, &j), numbers * (4 + b->k->q8_bytes + 8.0 / QVL__GROUP), 0, QVL__F32);
+    const int rows = long_rows(b);
+    double numbers = (double)rows * INPUTS;
+    int rc = report(b, "rms_norm", "f32", rows, best_of(run_rms, &j), 8 * numbers, 4 * numbers, QVL__F32);
+    if (rc == 0) rc = report(b, "layer_norm", "f32", rows, best_of(run_layer, &j), 8 * numbers, 7 * numbers, QVL__F32);
+    if (rc == 0) rc = report(b, "quantize_rows", "int8", rows, best_of(run_quantize, &j), numbers * (4 + b->k->q8_bytes + 8.0 / QVL__GROUP), 0, QVL__F32);
     for (int i = 0; i < 3 && rc == 0; i++) { /* a bf16 checkpoint's rows into panels */
         if ((rc = b->d->matrix_new(b->d, &j.m[0], types[i], OUTPUTS, INPUTS, (qvl__role){0})) < 0) break;
         rc = report(b, "pack_weights", qvl__type_name(types[i]), OUTPUTS, best_of(run_put, &j), 2.0 * OUTPUTS * INPUTS + (double)j.m[0].bytes, 0, QVL__F32);
@@ -243,10 +252,12 @@ int qvl__cpu_bench(qvl__device *d, qvl__buf *json, qvl_progress_fn progress, voi
     static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__Q8, QVL__Q4}, caches[] = {QVL__F32, QVL__BF16, QVL__I8};
     bench b = {.d = d, .k = qvl__cpu_kern(d), .json = json, .progress = progress, .ud = ud};
     size_t x = (size_t)ROWS * OUTPUTS * sizeof(float); /* the widest rows of all kernels: SPAN x 3 x HEADS x VISION_DIM as well */
-    b.region = qvl__pages(REGION), b.x = qvl__pages(x), b.y = qvl__pages(x);
+    long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    b.size = cache <= 0 || (size_t)cache < LEAST / 2 ? LEAST : (size_t)cache > MOST / 2 ? MOST : 2 * (size_t)cache / LEAST * LEAST;
+    b.region = qvl__pages(b.size), b.x = qvl__pages(x), b.y = qvl__pages(x);
     int rc = b.region && b.x && b.y ? 0 : QVL_ENOMEM;
     if (rc == 0) {
-        memset(b.region, PATTERN, REGION);
+        memset(b.region, PATTERN, b.size);
         for (size_t i = 0; i < x / sizeof(float); i++) b.x[i] = (float)(i * 2654435761u % 1001) / 500 - 1;
         memcpy(b.y, b.x, x);
         b.read = read_limit(&b);
@@ -262,7 +273,7 @@ int qvl__cpu_bench(qvl__device *d, qvl__buf *json, qvl_progress_fn progress, voi
     if (rc == 0) rc = full(&b);
     if (rc == 0) rc = rows_and_weights(&b);
     qvl__buf_puts(json, "]}");
-    if (b.region) qvl__pages_free(b.region, REGION);
+    if (b.region) qvl__pages_free(b.region, b.size);
     if (b.x) qvl__pages_free(b.x, x);
     if (b.y) qvl__pages_free(b.y, x);
     return rc == 0 && json->failed ? QVL_ENOMEM : rc;

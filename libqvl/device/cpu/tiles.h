@@ -14,9 +14,9 @@
 #ifndef QVL__TILES_H
 #define QVL__TILES_H
 
-#define REG_ROWS 16                    /* rows of a register */
-#define DOT_AHEAD 2048 /* bytes of a panel */
+#define REG_ROWS 16                 /* rows of a register */
 #define STEP_BYTES (32 * PANEL * 2) /* of a bf16 panel: what a step of 32 in k takes */
+#define DOT_AHEAD 2048              /* bytes of a panel that one register of rows asks ahead */
 
 /* Registers of activations and sums get rows and rows2 (the second ones) rows; words: 32-bit words of k in a step. */
 INLINE void tiles_take(int rows, int rows2, int words) {
@@ -41,21 +41,21 @@ INLINE const char *tile_step(const tile_panels *b, int j, int s) {
     return (b->list ? b->list[s] + b->from : b->at + (size_t)s * STEP_BYTES) + (size_t)j * b->panel;
 }
 
-/* One step: R registers of rows at x by P panels. */
-#define DOT_STEP(R, P, x, ld, w0, w1)                                      \
-    do {                                                                   \
-        TILE_LOAD(4, x, ld);                                               \
-        TILE_DOT(0, 4, 6);                                                 \
-        if (P > 1) TILE_DOT(1, 4, 7);                                      \
-        if (R > 1) {                                                       \
-            TILE_LOAD(5, (const char *)(x) + REG_ROWS * (ld), ld);             \
-            TILE_DOT(2, 5, 6);                                             \
-            if (P > 1) TILE_DOT(3, 5, 7);                                  \
-        }                                                                  \
+/* R registers of rows at x by the P panels (up to 2) in 6 and 7. */
+#define DOT_STEP(R, P, x, ld)                                   \
+    do {                                                        \
+        TILE_LOAD(4, x, ld);                                    \
+        TILE_DOT(0, 4, 6);                                      \
+        if (P > 1) TILE_DOT(1, 4, 7);                           \
+        if (R > 1) {                                            \
+            TILE_LOAD(5, (const char *)(x) + REG_ROWS * (ld), ld); \
+            TILE_DOT(2, 5, 6);                                  \
+            if (P > 1) TILE_DOT(3, 5, 7);                       \
+        }                                                       \
     } while (0)
 
-/* R registers of rows by P panels, R P up to 4 (one register of rows: all four sums). split: activations are hi and lo, and both
- * meet the weights; weights that have a low part meet hi with it. next: as in kern.c. */
+/* R registers of rows by P panels, R P up to 4. split: activations are hi and lo, and both meet the weights; weights that have a low part
+ * meet hi with it (not with four panels). next: as in kern.c. */
 INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size_t ldc, const qvl__split *a, const tile_panels *b,
                       int steps, bool resume, ahead next) {
     const size_t c_bytes = ldc * sizeof(float), ld = a->ld * 2;
@@ -93,24 +93,14 @@ INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size
             TILE_DOT(3, 4, 7);
             if (split) TILE_DOT(2, 5, 6);
             if (split) TILE_DOT(3, 5, 7);
-            if (split && b->low) {
-                TILE_LOAD(6, tile_step(b, 0, s) + b->low, 64);
-                TILE_LOAD(7, tile_step(b, 1, s) + b->low, 64);
-                TILE_DOT(0, 4, 6);
-                TILE_DOT(1, 4, 7);
-                TILE_LOAD(6, tile_step(b, 2, s) + b->low, 64);
-                TILE_LOAD(7, tile_step(b, 3, s) + b->low, 64);
-                TILE_DOT(2, 4, 6);
-                TILE_DOT(3, 4, 7);
-            }
             continue;
         }
-        DOT_STEP(R, P, x, ld, 6, 7);
-        if (split) DOT_STEP(R, P, x + a->low * 2, ld, 6, 7);
+        DOT_STEP(R, P, x, ld);
+        if (split) DOT_STEP(R, P, x + a->low * 2, ld);
         if (split && b->low) {
             TILE_LOAD(6, tile_step(b, 0, s) + b->low, 64);
             if (P > 1) TILE_LOAD(7, tile_step(b, 1, s) + b->low, 64);
-            DOT_STEP(R, P, x, ld, 6, 7);
+            DOT_STEP(R, P, x, ld);
         }
     }
     TILE_STORE(0, c, c_bytes);
@@ -121,7 +111,7 @@ INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size
 
 /* ---- bf16 weights ---- */
 
-/* Rows r0.. (R registers of them at a time) by all panels, the shapes being set. */
+/* All rows, R registers of them at a time, by all panels; the shapes are set. */
 INLINE void dot_rows(const int R, float *c, size_t ldc, const qvl__split *a, tile_panels b, int rows, int count, int steps, bool resume, bool ask) {
     const int wide = R > 1 ? 2 : 4, parts = (rows + R * REG_ROWS - 1) / (R * REG_ROWS);
     for (int p = 0, np; p < count; p += np, b.at += (size_t)np * b.panel) {
@@ -137,7 +127,7 @@ INLINE void dot_rows(const int R, float *c, size_t ldc, const qvl__split *a, til
     }
 }
 
-/* Pairs of two registers of rows, then what is left, as one or two. */
+/* Two registers of rows at a time, then what is left, as one or two. */
 static void dot_steps(float *c, size_t ldc, const qvl__split *a, tile_panels b, int rows, int count, int steps, int words, bool resume) {
     int full = rows / (2 * REG_ROWS) * (2 * REG_ROWS), left = rows - full;
     bool ask = words == REG_ROWS;
@@ -396,7 +386,7 @@ static void values(float *o, size_t ldo, qvl__split p, const qvl__kv_list *value
         if (r < rows) {
             qvl__split x = {p.hi + (size_t)r * p.ld, p.ld, p.low};
             float *to = o + (size_t)r * ldo + j * PANEL;
-            if (r == 0 && panels - j >= 4) {
+            if (r == 0 && !values->low && panels - j >= 4) {
                 np = 4;
                 for (int i = 0; i < values->n && values->next[i]; i++)
                     for (size_t l = (size_t)j * STEP_BYTES; l < (size_t)(j + 4) * STEP_BYTES; l += 64) TO_L2(values->next[i] + l);
