@@ -192,7 +192,7 @@ static int full(bench *b) {
     size_t bytes = b->d->attention_full_scratch(b->d, SPAN, VISION_DIM, HEADS);
     job j = {.b = b, .scratch = qvl__pages(bytes)};
     if (!j.scratch) return QVL_ENOMEM;
-    int rc = report(b, "attention_full", "f32", SPAN, best_of(run_full, &j), (4.0 * SPAN * HEADS * VISION_DIM) * sizeof(float),
+    int rc = report(b, "attention_full", qvl__type_name(attention_type(b)), SPAN, best_of(run_full, &j), (4.0 * SPAN * HEADS * VISION_DIM) * sizeof(float),
                   4.0 * SPAN * SPAN * HEADS * VISION_DIM, attention_type(b));
     qvl__pages_free(j.scratch, bytes);
     return rc;
@@ -252,7 +252,10 @@ int qvl__cpu_bench(qvl__device *d, qvl__buf *json, qvl_progress_fn progress, voi
     static const qvl__type types[] = {QVL__F32, QVL__BF16, QVL__Q8, QVL__Q4}, caches[] = {QVL__F32, QVL__BF16, QVL__I8};
     bench b = {.d = d, .k = qvl__cpu_kern(d), .json = json, .progress = progress, .ud = ud};
     size_t x = (size_t)ROWS * OUTPUTS * sizeof(float); /* the widest rows of all kernels: SPAN x 3 x HEADS x VISION_DIM as well */
-    long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    long cache = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE /* glibc */
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
     b.size = cache <= 0 || (size_t)cache < LEAST / 2 ? LEAST : (size_t)cache > MOST / 2 ? MOST : 2 * (size_t)cache / LEAST * LEAST;
     b.region = qvl__pages(b.size), b.x = qvl__pages(x), b.y = qvl__pages(x);
     int rc = b.region && b.x && b.y ? 0 : QVL_ENOMEM;
