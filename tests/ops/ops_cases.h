@@ -807,22 +807,24 @@ static void paged_others(qvl__device *d) {
     static const paged_case cases[] = {{2, 2, 64, {1, 33, 70, 5}}, {8, 2, 64, {100, 2, 65, 64}}, {8, 1, 128, {7, 97, 1, 33}}, {2, 1, 18, {33, 31, 34, 1}}};
     paged_body(d, cases, sizeof cases / sizeof *cases);
 }
-/* With bf16 products a CPU with tile registers attends on them. */
-static void on_tiles_too(qvl__device *d) {
-    if (d->host_memory && d->bf16_math) paged_some(d);
+/* Once more where a CPU has bf16 products: with tile registers it attends on them. */
+static void (*dot_body)(qvl__device *d);
+static void run_dot_body(qvl__device *d) {
+    if (d->host_memory && d->bf16_math) dot_body(d);
 }
-static void others_on_tiles_too(qvl__device *d) {
-    if (d->host_memory && d->bf16_math) paged_others(d);
+static void each_dot_level(int threads, void (*body)(qvl__device *d)) {
+    dot_body = body;
+    each_level(threads, true, run_dot_body);
 }
 static void test_attention_paged(void **state) {
     (void)state;
     each_level(2, false, paged_some);
-    each_level(2, true, on_tiles_too);
+    each_dot_level(2, paged_some);
 }
 static void test_attention_shapes(void **state) {
     (void)state;
     each_level(2, false, paged_others);
-    each_level(2, true, others_on_tiles_too);
+    each_dot_level(2, paged_others);
 }
 
 /* A value that is not a number reaches the tokens that see it, and no other that is computed beside them. */
@@ -848,7 +850,7 @@ static void stray_body(qvl__device *d) {
 static void test_stray_value(void **state) {
     (void)state;
     each_level(2, false, stray_body);
-    each_level(2, true, stray_body);
+    each_dot_level(2, stray_body);
 }
 
 /* Decoding rows of all sequences in one batch give what each gives alone; and scores that grow and shrink by large
@@ -887,7 +889,7 @@ static void decode_body(qvl__device *d) {
 static void test_decode_batch(void **state) {
     (void)state;
     each_level(3, false, decode_body);
-    each_level(3, true, decode_body);
+    each_dot_level(3, decode_body);
 }
 
 /* ---- vision ---- */
@@ -964,7 +966,7 @@ static void vision_body(qvl__device *d) {
 static void test_vision(void **state) {
     (void)state;
     each_level(2, false, vision_body);
-    each_level(2, true, vision_body);
+    each_dot_level(2, vision_body);
 }
 
 /* ---- refusals ---- */

@@ -18,6 +18,7 @@
 #define STEP QVL__ATTN_KEYS
 #define TILE 16
 #define TILE_ROWS (QVL__ATTN_TILE_ROWS + TILE - 1) /* whole registers of rows from any row on */
+_Static_assert(TILE_ROWS * (2 * QVL__ATTN_MAX_DIM + 2 * STEP) + STEP * QVL__ATTN_MAX_DIM / 2 <= QVL__ATTN_FLOATS(QVL__ATTN_MAX_DIM), "q, o, s, p and copies of values fit the scratch");
 
 static int least(int a, int b) { return a < b ? a : b; }
 
@@ -200,7 +201,7 @@ static void attend_tiles(const struct qvl__kern *k, const qvl__keys *ks, qvl__ti
         }
         int whole = least(t->limit[first] - k0, n) / BLOCK;
         bool finite = true;
-        for (int i = whole; i < blocks && !ks->whole; i++) {
+        for (int i = whole; i < blocks && ks->table; i++) {
             uint16_t *to = copies + (size_t)(i - whole) * copy;
             finite &= k->first_values(to, (const uint16_t *)(const void *)values.at[i], ks->dim, least(n - i * BLOCK, BLOCK));
             values.at[i] = (const char *)to;

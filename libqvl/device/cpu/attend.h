@@ -16,12 +16,11 @@ static inline size_t qvl__kv_half(qvl__type type, int dim) { /* K or V of a bloc
     return qvl__kv_panels(type, dim) + (type == QVL__I8 ? QVL__KV_BLOCK * sizeof(float) : 0);
 }
 
-/* Keys and values of a head: blocks of the cache, or of vision: one block of floats, or on tile registers blocks as in a bf16 cache that
- * follow one another, each with what rounding left of it. */
+/* Keys and values of a head: blocks of the cache, or of vision (no table): one block of floats, or on tile registers blocks as in a bf16 cache
+ * that follow one another, each with what rounding left of it, and zero behind the last key. */
 typedef struct {
     qvl__type type;
     bool tiles; /* bf16 numbers, attended to on tile registers; dim is a multiple of 32 */
-    bool whole; /* what fills no block is zero */
     int head_dim, dim;
     const char *base;     /* block 0 of the cache; vision: all keys */
     size_t block_bytes;   /* from one block to the next */

@@ -322,7 +322,7 @@ static void full_task(void *ctx, int task, int worker) {
     const full_job *j = ctx;
     int head = task / j->per_head, most = qvl__attend_most(j->tiles);
     size_t n = (size_t)j->head_dim, ld = 3 * (size_t)j->heads * n;
-    qvl__keys ks = {.type = j->tiles ? QVL__BF16 : QVL__F32, .tiles = j->tiles, .whole = true, .head_dim = j->head_dim, .dim = j->dim,
+    qvl__keys ks = {.type = j->tiles ? QVL__BF16 : QVL__F32, .tiles = j->tiles, .head_dim = j->head_dim, .dim = j->dim,
                     .base = j->scratch + (size_t)head * full_head(j->span, j->dim), .block_bytes = full_block(j->dim),
                     .low = 2 * qvl__kv_panels(QVL__BF16, j->dim), .span = roomy(j->span)};
     qvl__tile_rows t;

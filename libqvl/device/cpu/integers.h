@@ -23,6 +23,7 @@
 #else
 #define INT_PAIRS 0
 #endif
+#define INT_BODY(q8) ((size_t)QVL__GROUP * PANEL / ((q8) ? 1 : 2)) /* bytes of a group in a panel */
 #define INT_BYTES(q8) (INT_PAIRS && (q8) ? 2 : 1) /* of an activation */
 
 #if HAVE_INT && !defined(QVL__SIMD_EMULATE)
@@ -106,7 +107,7 @@ INLINE void int_steps(const int q8, const int parts, const int mr, const int v0,
 /* mr rows by nv vectors from vector v0 of the panels on. */
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
                      size_t bs, int all_groups, int g0, int groups, ahead next) {
-    const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    const size_t head = QVL__INT_HEAD(all_groups), body = INT_BODY(q8);
     const size_t from_line = body / 64 * (size_t)next.part / (size_t)next.parts * 64, to_line = body / 64 * (size_t)(next.part + 1) / (size_t)next.parts * 64;
     const size_t stride = a->stride;
     const char *q = (const char *)a->q + (size_t)row * stride, *start = (const char *)a->start + (size_t)row * stride;
@@ -165,7 +166,7 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, float *c, size_t ldc, const qvl__ints *a, int row, const char *b,
                      size_t bs, int all_groups, int g0, int groups, ahead next) {
     (void)next;
-    const size_t head = QVL__INT_HEAD(all_groups), body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    const size_t head = QVL__INT_HEAD(all_groups), body = INT_BODY(q8);
     for (int p = v0 / VP; p < (v0 + nv) / VP; p++)
         for (int i = 0; i < mr; i++)
             for (int g = 0; g < groups; g++) {

@@ -109,6 +109,15 @@ INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size
     if ((R > 1 && P > 1) || P > 3) TILE_STORE(3, c2 + PANEL, c_bytes);
 }
 
+/* np panels: 1, 2, or with one register of rows 4. */
+INLINE void dot_panels(const int R, int np, const bool split, float *c, size_t ldc, const qvl__split *a, const tile_panels *b, int steps, bool resume, ahead next) {
+    if (np == 1) dot_tiles(R, 1, split, c, ldc, a, b, steps, resume, next);
+    else if (np == 2 || R > 1) dot_tiles(R, 2, split, c, ldc, a, b, steps, resume, next);
+    else dot_tiles(1, 4, split, c, ldc, a, b, steps, resume, next);
+}
+
+INLINE qvl__split rows_from(const qvl__split *a, int r) { return (qvl__split){a->hi + (size_t)r * a->ld, a->ld, a->low}; }
+
 /* ---- bf16 weights ---- */
 
 /* All rows, R registers of them at a time, by all panels; the shapes are set. */
@@ -118,11 +127,8 @@ INLINE void dot_rows(const int R, float *c, size_t ldc, const qvl__split *a, til
         np = count - p >= wide ? wide : count - p >= 2 ? 2 : 1;
         ahead next = {ask && count - p >= np + wide ? b.at + (size_t)np * b.panel : NULL, 0, parts};
         for (int r = 0; r < rows; r += R * REG_ROWS, next.part++) {
-            float *to = c + (size_t)r * ldc + (size_t)p * PANEL;
-            qvl__split x = {a->hi + (size_t)r * a->ld, a->ld, 0};
-            if (np == 1) dot_tiles(R, 1, false, to, ldc, &x, &b, steps, resume, next);
-            else if (np == 2) dot_tiles(R, 2, false, to, ldc, &x, &b, steps, resume, next);
-            else dot_tiles(1, 4, false, to, ldc, &x, &b, steps, resume, next);
+            qvl__split x = rows_from(a, r);
+            dot_panels(R, np, false, c + (size_t)r * ldc + (size_t)p * PANEL, ldc, &x, &b, steps, resume, next);
         }
     }
 }
@@ -136,7 +142,7 @@ static void dot_steps(float *c, size_t ldc, const qvl__split *a, tile_panels b, 
         dot_rows(2, c, ldc, a, b, full, count, steps, resume, ask);
     }
     if (!left) return;
-    qvl__split rest = {a->hi + (size_t)full * a->ld, a->ld, 0};
+    qvl__split rest = rows_from(a, full);
     if (left > REG_ROWS) {
         tiles_take(REG_ROWS, left - REG_ROWS, words);
         dot_rows(2, c + (size_t)full * ldc, ldc, &rest, b, left, count, steps, resume, ask);
@@ -166,10 +172,10 @@ static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const 
  * a group, and the float step of integers.h follows on what the register held. Sums of one batch are turned while the registers
  * make the next one. */
 
-#define BATCH 2       /* groups by BATCH panels, the four sums */
-#define INT_GROUPS 16 /* of a panel in scratch at a time */
+#define BATCH 2        /* groups; by two panels they are the four sums */
+#define INT_GROUPS 16  /* of a panel in scratch at a time */
 #define INT_AHEAD 2048 /* bytes of a panel that one register of rows asks ahead */
-#define FEW_ROWS 6    /* up to so many integers.h is faster */
+#define FEW_ROWS 6     /* up to so many integers.h is faster */
 
 typedef struct {
     uint8_t q[2][INT_GROUPS][QVL__GROUP * PANEL];
@@ -186,7 +192,7 @@ typedef struct {
 
 /* Groups g.. of P panels to scratch. */
 INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_panels *w, int g, int n) {
-    const size_t body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    const size_t body = INT_BODY(q8);
     for (int p = 0; p < P; p++) {
         const char *panel = w->panel + (size_t)p * w->step, *from = panel + QVL__INT_HEAD(w->all_groups) + (size_t)(w->g0 + g) * body;
         for (int i = 0; i < n; i++, from += body) {
@@ -204,7 +210,7 @@ INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_pan
     }
 }
 
-/* The sums of groups g.. (n of them) by P panels to buffer. */
+/* The sums of groups g.. (n of them) by P panels, into registers 0..3. */
 INLINE void int_products(const int P, const int n, const int_scratch *s, const int8_t *q, size_t stride, int g) {
     TILE_LOAD(4, q + (size_t)g * QVL__GROUP, stride);
     TILE_LOAD(6, s->q[0][g], 64);
@@ -228,6 +234,7 @@ INLINE void int_products(const int P, const int n, const int_scratch *s, const i
     }
 }
 
+/* They, to buffer. */
 INLINE void int_store(const int P, const int n, int_scratch *s, int buffer) {
     TILE_STORE(0, s->sum[buffer][0][0], 64);
     if (P > 1) TILE_STORE(1, s->sum[buffer][0][1], 64);
@@ -270,7 +277,7 @@ INLINE void int_floats(const int P, const int n, const int_scratch *s, int buffe
  * memory has no pause. next: the integers of the panels behind these, part of which are asked for. */
 INLINE void int_rows(const bool q8, const int P, const bool fresh, int_scratch *s, float *c, size_t ldc, const qvl__ints *a, int row, int rows, const int_panels *w,
                      int groups, ahead next) {
-    const size_t at = (size_t)row * a->stride, body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    const size_t at = (size_t)row * a->stride, body = INT_BODY(q8);
     const size_t lines = BATCH * body / 64, from = lines * (size_t)next.part / (size_t)next.parts, to = lines * (size_t)(next.part + 1) / (size_t)next.parts;
     const int8_t *q = a->q + at;
     const char *by = (const char *)a->scale + at;
@@ -299,7 +306,7 @@ INLINE void int_rows(const bool q8, const int P, const bool fresh, int_scratch *
 INLINE void int_block(const bool q8, const int P, float *c, size_t ldc, const qvl__ints *a, int rows, int_panels w, int groups, bool more) {
     int_scratch s;
     const int registers = (rows + REG_ROWS - 1) / REG_ROWS, g0 = w.g0;
-    const size_t body = q8 ? QVL__GROUP * PANEL : QVL__GROUP * PANEL / 2;
+    const size_t body = INT_BODY(q8);
     for (int g = 0, n; g < groups; g += n) {
         n = groups - g < INT_GROUPS ? groups - g : INT_GROUPS;
         w.g0 = g0 + g;
@@ -361,39 +368,33 @@ static void scores(float *s, size_t lds, qvl__split q, const qvl__kv_list *keys,
         ahead next = {keys->next[i], 0, 1};
         int r = 0;
         for (; rows - r >= 2 * REG_ROWS; r += 2 * REG_ROWS, next.at = NULL) {
-            qvl__split x = {q.hi + (size_t)r * q.ld, q.ld, q.low};
+            qvl__split x = rows_from(&q, r);
             dot_tiles(2, 2, true, s + (size_t)r * lds + i * QVL__KV_BLOCK, lds, &x, &b, dim / 32, false, next);
         }
         if (r < rows) {
-            qvl__split x = {q.hi + (size_t)r * q.ld, q.ld, q.low};
+            qvl__split x = rows_from(&q, r);
             dot_tiles(1, 2, true, s + (size_t)r * lds + i * QVL__KV_BLOCK, lds, &x, &b, dim / 32, false, next);
         }
     }
 }
 
+/* Four panels for a single register of rows, whose next values are asked for as well. */
 static void values(float *o, size_t ldo, qvl__split p, const qvl__kv_list *values, int rows, int dim) {
     const int panels = dim / PANEL;
+    const bool few = rows <= REG_ROWS && !values->low;
+    const ahead none = {NULL, 0, 1};
     for (int j = 0, np; j < panels; j += np) {
         tile_panels b = {.list = values->at, .from = (size_t)j * STEP_BYTES, .panel = STEP_BYTES, .low = values->low};
+        np = few && panels - j >= 4 ? 4 : panels - j > 1 ? 2 : 1;
+        for (int i = 0; np == 4 && i < values->n && values->next[i]; i++)
+            for (size_t l = (size_t)j * STEP_BYTES; l < (size_t)(j + 4) * STEP_BYTES; l += 64) TO_L2(values->next[i] + l);
         int r = 0;
-        np = panels - j > 1 ? 2 : 1;
         for (; rows - r >= 2 * REG_ROWS; r += 2 * REG_ROWS) {
-            qvl__split x = {p.hi + (size_t)r * p.ld, p.ld, p.low};
-            float *to = o + (size_t)r * ldo + j * PANEL;
-            if (np > 1) dot_tiles(2, 2, true, to, ldo, &x, &b, values->n, true, (ahead){NULL, 0, 1});
-            else dot_tiles(2, 1, true, to, ldo, &x, &b, values->n, true, (ahead){NULL, 0, 1});
+            qvl__split x = rows_from(&p, r);
+            dot_panels(2, np, true, o + (size_t)r * ldo + j * PANEL, ldo, &x, &b, values->n, true, none);
         }
-        if (r < rows) {
-            qvl__split x = {p.hi + (size_t)r * p.ld, p.ld, p.low};
-            float *to = o + (size_t)r * ldo + j * PANEL;
-            if (r == 0 && !values->low && panels - j >= 4) {
-                np = 4;
-                for (int i = 0; i < values->n && values->next[i]; i++)
-                    for (size_t l = (size_t)j * STEP_BYTES; l < (size_t)(j + 4) * STEP_BYTES; l += 64) TO_L2(values->next[i] + l);
-                dot_tiles(1, 4, true, to, ldo, &x, &b, values->n, true, (ahead){NULL, 0, 1});
-            } else if (np > 1) dot_tiles(1, 2, true, to, ldo, &x, &b, values->n, true, (ahead){NULL, 0, 1});
-            else dot_tiles(1, 1, true, to, ldo, &x, &b, values->n, true, (ahead){NULL, 0, 1});
-        }
+        qvl__split x = rows_from(&p, r);
+        if (r < rows) dot_panels(1, np, true, o + (size_t)r * ldo + j * PANEL, ldo, &x, &b, values->n, true, none);
     }
 }
 
