@@ -40,7 +40,7 @@ static int load(qvl_model *m, const char *path, const qvl_options *o) {
     if (rc == 0) m->vision = m->device;
     if (rc == 0 && m->device->beside) rc = m->device->beside(m->device, &m->vision);
     if (rc == 0) rc = qvl__rope_init(m);
-    m->kv_type = strcmp(dtype, "f32") == 0 ? QVL__F32 : QVL__BF16;
+    if (rc == 0) m->kv_type = strcmp(dtype, "f32") == 0 ? QVL__F32 : m->device->kv_type;
     if (rc == 0) rc = qvl__weights_load(&m->weights, &m->config, path, m->device, dtype, progress, ud);
     if (rc == 0) rc = m->device->sync(m->device);
     return rc;

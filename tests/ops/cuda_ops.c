@@ -403,8 +403,8 @@ static void counts_body(qvl__device *d) {
     static const qvl__type types[] = {QVL__BF16, QVL__F16, QVL__Q8, QVL__Q4, QVL__F8};
     static const int few[] = {1, 4, 8};
     for (int t = 0; t < 5; t++) {
-        for (int i = 0; i < 3 && apart > 0; i++) matmul_case(d, types[t], QVL__EPI_NONE, few[i], 64, 2560, false);
-        matmul_case(d, types[t], QVL__EPI_NONE, 64, 128, 512, false);
+        for (int i = 0; i < 3 && apart > 0; i++) matmul_case(d, types[t], QVL__EPI_NONE, few[i], 64, 2560, false, false);
+        matmul_case(d, types[t], QVL__EPI_NONE, 64, 128, 512, false, false);
         moe_case(d, types[t], 2, 4, 2, 512, 64, 0), moe_case(d, types[t], 64, 3, 2, 512, 64, 0);
     }
     counted_text(d, QVL__BF16, 2), counted_text(d, QVL__I8, 1), counted_text(d, QVL__F8, 3); /* told from one another by their grids */

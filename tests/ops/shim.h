@@ -173,7 +173,7 @@ static qvl__device *shim_over(qvl__device *in) {
     if (!s) abort();
     s->in = in;
     s->device = (qvl__device){
-        .name = in->name, .isa = in->isa, .pool = in->pool, .bf16_math = in->bf16_math, .fp8 = in->fp8, .slice_flops = in->slice_flops, .close = shim_close, .sync = shim_sync, .room = shim_room,
+        .name = in->name, .isa = in->isa, .pool = in->pool, .bf16_math = in->bf16_math, .kv_type = in->kv_type, .fp8 = in->fp8, .slice_flops = in->slice_flops, .close = shim_close, .sync = shim_sync, .room = shim_room,
         .alloc = shim_alloc, .free = shim_free, .put = shim_put, .get = shim_get, .matrix_new = shim_matrix_new, .matrix_put = shim_matrix_put, .matrix_free = shim_matrix_free,
         .matrix_map = shim_matrix_map, .kv_block_bytes = shim_kv_block_bytes, .kv_new = shim_kv_new, .kv_free = shim_kv_free, .kv_copy = shim_kv_copy, .embed = shim_embed,
         .gather_rows = shim_gather, .scatter_rows = shim_scatter, .add_interpolated = shim_interpolated, .rms_norm = shim_rms,

@@ -29,8 +29,9 @@ static void test_as_hardware(void **state) {
     float *w = random_floats(N * K, 1.0f), *x = random_floats(ROWS * K, 1.0f), *y = floats(ROWS * N), *z = floats(ROWS * N);
     for (int i = 0; i < ROWS * K; i++) x[i] *= i % 97 == 0 ? 1e-40f : powf(10.0f, (float)(i % 13 - 6));
     static const qvl__type types[] = {QVL__BF16, QVL__Q8, QVL__Q4};
-    for (size_t t = 0; t < 3; t++) {
-        qvl__matrix m = new_matrix(real, types[t], N, K, false, w);
+    for (size_t t = 0; t < 4; t++) {
+        qvl__matrix m = new_matrix(real, types[t % 3], N, K, false, w);
+        if (t == 3) m.role.head_dim = 8; /* activations in two parts */
         real->matmul(real, y, x, ROWS, &m, NULL, QVL__EPI_NONE);
         emulated->matmul(emulated, z, x, ROWS, &m, NULL, QVL__EPI_NONE);
         check_bits("emulation and hardware", "amx", y, z, ROWS * N);

@@ -117,6 +117,11 @@ def videos():
     return json.loads((GOLDEN / "videos" / "manifest.json").read_text())["videos"]
 
 
+def auto_kv(model):
+    """What kv_dtype auto is beside bf16 weights."""
+    return "bf16" if model.info["device"] == "cuda" or model.info["isa"] == "amx" else "f16"
+
+
 def image_path(name):
     return GOLDEN / "images" / name
 

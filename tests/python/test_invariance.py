@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qvl
-from support import GOLDENS, drain, frames, image_path, run, user
+from support import GOLDENS, auto_kv, drain, frames, image_path, run, user
 
 TOKENS = 10
 SEEDED = dict(temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2,
@@ -216,9 +216,9 @@ def test_embedding_is_a_function_of_pixels(load, name, dtype):
 @pytest.mark.parametrize("name,dtype", [(n, d) for n in GOLDENS for d in ("f32", "auto")])
 def test_logits_match_the_engine(load, alone, name, dtype):
     """Teacher-forced logits have the bits of the engine's, prompt pictures included."""
-    kv = "f32" if dtype == "f32" else "bf16"
     model = load(name, dtype=dtype, threads=2)
-    assert model.info["kv_dtype"] == kv
+    kv = model.info["kv_dtype"]
+    assert kv == ("f32" if dtype == "f32" else auto_kv(model))
     for r, (messages, _) in REQUESTS.items():
         prompt, want = model.prompt(messages), alone(name, dtype, kv)[r]
         assert model.logits(prompt)[-1].tobytes() == want.logits[0].tobytes(), r

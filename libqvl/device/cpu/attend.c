@@ -39,14 +39,8 @@ void qvl__attend_add(qvl__tile_rows *t, const float *q, int limit) {
     const qvl__keys *ks = t->keys;
     const size_t dim = (size_t)ks->dim;
     float *to = t->q + (size_t)t->rows * dim;
-    if (ks->tiles) {
-        float row[QVL__ATTN_MAX_DIM];
-        memcpy(row, q, (size_t)ks->head_dim * sizeof(float));
-        memset(row + ks->head_dim, 0, (dim - (size_t)ks->head_dim) * sizeof(float));
-        t->k->split((uint16_t *)(void *)to, dim, row, ks->dim);
-    } else {
-        memcpy(to, q, (size_t)ks->head_dim * sizeof(float));
-    }
+    if (ks->tiles) t->k->split((uint16_t *)(void *)to, dim, q, ks->head_dim);
+    else memcpy(to, q, (size_t)ks->head_dim * sizeof(float));
     t->limit[t->rows] = limit;
     t->max[t->rows] = -INFINITY;
     t->sum[t->rows] = 0;

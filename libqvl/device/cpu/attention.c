@@ -274,11 +274,8 @@ static void pack_tiles(const full_job *j, char *to, int t, const float *key, con
     char *block = to + (size_t)(t / BLOCK) * full_block(j->dim);
     if (t % BLOCK == 0) memset(block, 0, full_block(j->dim));
     for (int v = 0; v < 2; v++) {
-        float row[QVL__ATTN_MAX_DIM];
         uint16_t parts[2 * QVL__ATTN_MAX_DIM];
-        memcpy(row, v ? value : key, (size_t)j->head_dim * sizeof(float));
-        memset(row + j->head_dim, 0, (size_t)(j->dim - j->head_dim) * sizeof(float));
-        qvl__cpu_kern(j->d)->split(parts, QVL__ATTN_MAX_DIM, row, j->dim);
+        qvl__cpu_kern(j->d)->split(parts, QVL__ATTN_MAX_DIM, v ? value : key, j->head_dim);
         for (size_t low = 0; low < 2; low++) {
             char *at = block + (2 * low + (size_t)v) * half;
             const uint16_t *x = parts + low * QVL__ATTN_MAX_DIM;

@@ -37,6 +37,7 @@ typedef struct {
     char *packed;         /* [blocks of k][rows][stride]; NULL: x is read where it lies */
     int block;            /* k in a block of packed */
     size_t stride;        /* bytes */
+    size_t low;           /* PAIRS in two parts (kern.h): the second lies so many numbers behind the first; 0: one part */
     size_t scales;        /* INTS: where a row's scales lie behind its integers; its starts follow them */
     int pack_tasks;
 } job;
@@ -52,6 +53,7 @@ static void pack_task(void *ctx, int task, int worker) {
             char *to = j->packed + ((size_t)(k0 / j->block) * (size_t)j->rows + (size_t)r) * j->stride;
             float *scale = (float *)(void *)(to + j->scales);
             if (j->form == FLOATS) memcpy(to, x, (size_t)n * sizeof(float));
+            else if (j->low) j->k->split((uint16_t *)(void *)to, j->low, x, n);
             else if (j->form == PAIRS) j->k->narrow(QVL__BF16, (uint16_t *)(void *)to, x, n);
             else j->k->quantize_rows(j->w->type, (int8_t *)to, scale, (int32_t *)(void *)(scale + j->block / QVL__GROUP), x, n);
         }
@@ -81,7 +83,8 @@ static void accumulate(const job *j, float *slice, int r0, int rows, int p0, int
         const char *from = panels + (size_t)k0 * QVL__PANEL * qvl__type_size(w->type);
         size_t lda = j->stride / sizeof(float);
         if (j->form == PAIRS) {
-            kern->gemm_dot(acc, ldc, (const uint32_t *)(const void *)a, lda, from, panel_bytes, rows, count, (n + 1) / 2, k0 > 0);
+            qvl__split x = {(const uint16_t *)(const void *)a, j->stride / 2, j->low};
+            kern->gemm_dot(acc, ldc, &x, from, panel_bytes, rows, count, (n + 1) / 2, k0 > 0);
             continue;
         }
         const float *af = (const float *)(const void *)a;
@@ -116,7 +119,9 @@ static void matmul_task(void *ctx, int task, int worker) {
             bias, bias2, n);
 }
 
-/* How rows are packed: the form, and blocks of k that leave room in the first-level cache for a panel's share of it. */
+/* How rows are packed: the form, and blocks of k that leave room in the first-level cache for a panel's share of it. Where the
+ * level can, pairs that go into and out of attention are in two parts, nearly exact: a fourth of the text model's products,
+ * which makes two fifths of what rounding activations costs (docs/performance.md). */
 static void plan_packing(job *j) {
     const qvl__matrix *w = j->w;
     j->form = qvl__type_quantised(w->type) ? INTS : j->d->bf16_math && w->type == QVL__BF16 ? PAIRS : FLOATS;
@@ -126,7 +131,8 @@ static void plan_packing(job *j) {
     j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;
     j->block = w->type == QVL__F32 || j->widen || (j->form != FLOATS && j->k->tiles) ? QVL__GEMM_K : 2 * QVL__GEMM_K;
     if (!many) j->block = qvl__div_up(w->k, QVL__GROUP) * QVL__GROUP; /* all of it */
-    size_t one = j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : w->type == QVL__Q8 ? (size_t)j->k->q8_bytes : 1;
+    j->low = j->form == PAIRS && j->k->split && w->role.head_dim ? (size_t)j->block : 0;
+    size_t one = j->low ? 4 : j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : w->type == QVL__Q8 ? (size_t)j->k->q8_bytes : 1;
     j->scales = (size_t)j->block * one;
     j->stride = j->scales + (j->form == INTS ? (size_t)j->block / QVL__GROUP * 8 : 0);
     j->stride = (j->stride + 63) / 64 * 64 + 64; /* whole lines, and never a power of two */

@@ -193,7 +193,7 @@ ALL_WIDTHS(DOT)
 #define DOT_ENTRY(M, N) [M][N] = dot_##M##_##N,
 static dot_fn *const dots[MR + 1][5] = {ALL_WIDTHS(DOT_ENTRY)};
 
-static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
+static void gemm_dot(float *c, size_t ldc, const qvl__split *a, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume) {
     int group = rows > MR ? widest(MR) : count;
     for (int g = 0; g < count; g += group) {
@@ -204,7 +204,7 @@ static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const 
             int np = widest(mr);
             for (int p = 0; p < in_group; p += np) {
                 while (np > in_group - p) np /= 2;
-                dots[mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, a + (size_t)r * lda, lda,
+                dots[mr][np](c + (size_t)r * ldc + (size_t)(g + p) * PANEL, ldc, (const uint32_t *)(const void *)(a->hi + (size_t)r * a->ld), a->ld / 2,
                              (const char *)panels + (size_t)(g + p) * panel_bytes, panel_bytes, pairs, resume, next);
             }
         }
@@ -239,10 +239,18 @@ static void widen(qvl__type type, float *dst, const void *panel, int k) {
 }
 
 static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
-    if (type == QVL__F16)
-        for (int i = 0; i < n; i++) dst[i] = to_f16(src[i]);
-    else
+    if (type == QVL__BF16)
         for (int i = 0; i < n; i++) dst[i] = to_bf16(src[i]);
+    else
+        for (int i = 0; i < n; i += W) {
+            int some = n - i < W ? n - i : W;
+            float in[W] = {0};
+            uint16_t out[W];
+            memcpy(in, src + i, (size_t)some * sizeof(float));
+            vf x = vload(in), most = vset(65504);
+            vstore_f16(out, vfma(x, vzero(), vmin(most, vmax(vsub(vzero(), most), x)))); /* x * 0 is NaN for what is not finite */
+            memcpy(dst + i, out, (size_t)some * sizeof(uint16_t));
+        }
     if (n & 1) dst[n] = 0;
 }
 

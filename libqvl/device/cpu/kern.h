@@ -56,9 +56,9 @@ struct qvl__kern {
      * asked for from memory meanwhile, where rows are one tile; NULL: none. */
     void (*gemm)(qvl__type type, float *c, size_t ldc, const float *a, size_t lda, const void *panels, size_t panel_bytes,
                  int rows, int count, int k, bool resume, const void *next);
-    /* The same with bf16 products: a is pairs of bf16 (lda counts pairs), panels are BF16; k may be cut at a multiple of 32. NULL
-     * where there are none. */
-    void (*gemm_dot)(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows,
+    /* The same with bf16 products of pairs, of which a has one part or, where the level has split, two; panels are BF16; k may be cut
+     * at a multiple of 32. NULL where there are none. */
+    void (*gemm_dot)(float *c, size_t ldc, const qvl__split *a, const void *panels, size_t panel_bytes, int rows,
                      int count, int pairs, bool resume);
     /* Products of quantised weights: c[r][16 p + j] += over groups i = g0.., in that order and by one fused step each, of
      * (a's and the weights' integers multiplied and summed exactly) * (a's scale * the weights' scale). a is rows of ints
@@ -67,7 +67,8 @@ struct qvl__kern {
                      int count, int all_groups, int g0, int groups, bool resume);
     /* k rows of a F32, F16, BF16 or I8 panel as floats [k][16]; exact. */
     void (*widen)(qvl__type type, float *dst, const void *panel, int k);
-    /* n floats as BF16 or F16, rounded to nearest even, and a zero after an odd last one. */
+    /* n floats as BF16 or F16, rounded to nearest even, and a zero after an odd last one. F16 ends at 65504, beyond which all
+     * stays there, and what is not finite becomes NaN. */
     void (*narrow)(qvl__type type, uint16_t *dst, const float *src, int n);
     /* n floats as integers of -127..127, rounded to nearest even; returns the scale that brings them back: NaN when one
      * of them is not finite. */
@@ -95,7 +96,7 @@ struct qvl__kern {
     /* Attention on tile registers (AMX); tiles is NULL where there are none. Rows are 1..16 or a multiple of 16. Between tiles(rows)
      * and tiles(0) the thread's tile registers are ready for scores and values of so many rows. */
     void (*tiles)(int rows);
-    /* n floats (a multiple of 32, dst apart by low numbers) as hi + lo, both bf16: x to 2^-17. */
+    /* n floats as hi + lo, both bf16 (low numbers apart): x to 2^-17; and zeros up to a multiple of 32. */
     void (*split)(uint16_t *hi, size_t low, const float *x, int n);
     /* s[r][32 i + j] = q row r times key j of block i; rows of q lie ld numbers apart. */
     void (*scores)(float *s, size_t lds, qvl__split q, const qvl__kv_list *keys, int rows, int dim);

@@ -196,6 +196,7 @@ int qvl__cpu_open_kern(qvl__device **out, qvl__pool *pool, bool bf16_math, int (
     d->isa = c->kern.isa;
     d->pool = pool;
     d->bf16_math = bf16_math && c->kern.gemm_dot;
+    d->kv_type = d->bf16_math && c->kern.tiles ? QVL__BF16 : QVL__F16; /* tile registers take bf16; as floats F16 is nearer and costs the same */
     d->host_memory = true;
     d->slice_flops = 5e9; /* 30 ms on two AVX2 cores */
     d->close = cpu_close;

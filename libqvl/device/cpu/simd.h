@@ -108,6 +108,8 @@ INLINE vf vtimes_pow2(vf p, vf z) {
 INLINE vf vif_lt(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 /* 16-bit weights: f16 as stored, bf16 as pairs (even k in the low half) */
 INLINE vf vload_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+/* rounded to f16, nearest even */
+INLINE void vstore_f16(uint16_t *p, vf a) { _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 INLINE vf vload_i8(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
 }
@@ -184,6 +186,7 @@ INLINE vf vtimes_pow2(vf p, vf z) {
 }
 INLINE vf vif_lt(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 INLINE vf vload_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)); }
+INLINE void vstore_f16(uint16_t *p, vf a) { _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 INLINE vf vload_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
@@ -323,6 +326,26 @@ INLINE vf vload_f16(const uint16_t *p) {
     vf r;
     for (int i = 0; i < W; i++) r[i] = f16_to_f32(p[i]);
     return r;
+}
+/* Rounded to nearest even: from 65520 on infinity, below 2^-24 / 2 zero; a NaN stays a (quiet) NaN. */
+INLINE uint16_t f32_to_f16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    uint32_t sign = u >> 16 & 0x8000, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
+    if (a < 0x38800000u) { /* subnormal: adding 2^-1 moves the bits that stay to the end of the mantissa, and rounds */
+        float f;
+        memcpy(&f, &a, 4);
+        f += 0.5f;
+        memcpy(&a, &f, 4);
+        return (uint16_t)(sign | (a - 0x3f000000u));
+    }
+    a += 0xfffu + (a >> 13 & 1);
+    return (uint16_t)(sign | (a - 0x38000000u) >> 13);
+}
+INLINE void vstore_f16(uint16_t *p, vf a) {
+    for (int i = 0; i < W; i++) p[i] = f32_to_f16(a[i]);
 }
 INLINE vf vload_i8(const int8_t *p) {
     vf r;
@@ -487,24 +510,6 @@ INLINE uint16_t to_bf16(float x) {
     memcpy(&u, &x, 4);
     if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40);
     return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-}
-
-/* f16 of x, rounded to nearest even: from 65520 on infinity, below 2^-24 / 2 zero; a NaN stays a (quiet) NaN. */
-INLINE uint16_t to_f16(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    uint32_t sign = u >> 16 & 0x8000, a = u & 0x7fffffffu;
-    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
-    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
-    if (a < 0x38800000u) { /* subnormal: adding 2^-1 moves the bits that stay to the end of the mantissa, and rounds */
-        float f;
-        memcpy(&f, &a, 4);
-        f += 0.5f;
-        memcpy(&a, &f, 4);
-        return (uint16_t)(sign | (a - 0x3f000000u));
-    }
-    a += 0xfffu + (a >> 13 & 1);
-    return (uint16_t)(sign | (a - 0x38000000u) >> 13);
 }
 
 #endif

@@ -55,8 +55,8 @@ INLINE const char *tile_step(const tile_panels *b, int j, int s) {
     } while (0)
 
 /* R registers of rows by P panels, R P up to 4. split: activations are hi and lo, and both meet the weights; weights that have a low part
- * meet hi with it (not with four panels). next: as in kern.c. */
-INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size_t ldc, const qvl__split *a, const tile_panels *b,
+ * meet hi with it (not with four panels). near: few rows, whose weights come from memory as they are needed; else next: as in kern.c. */
+INLINE void dot_tiles(const int R, const int P, const bool split, const bool near, float *c, size_t ldc, const qvl__split *a, const tile_panels *b,
                       int steps, bool resume, ahead next) {
     const size_t c_bytes = ldc * sizeof(float), ld = a->ld * 2;
     float *c2 = c + (R > 1 ? REG_ROWS * ldc : 2 * PANEL); /* sums 2 and 3: the second rows, or the third and fourth panel */
@@ -74,7 +74,7 @@ INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size
     }
     for (int s = 0; s < steps; s++) {
         const char *x = (const char *)(a->hi + (size_t)s * 32);
-        if (R == 1 && !split) /* few rows: weights come from memory as they are needed */
+        if (near)
             for (size_t i = 0; i < (size_t)(STEP_BYTES * P); i += 64) TO_NEAR(b->at + i / STEP_BYTES * b->panel + (size_t)s * STEP_BYTES + i % STEP_BYTES + DOT_AHEAD);
         else if (next.at)
             for (size_t i = from; i < to; i++) TO_L2(next.at + i / (STEP_BYTES / 64) * b->panel + (size_t)s * STEP_BYTES + i % (STEP_BYTES / 64) * 64);
@@ -110,10 +110,10 @@ INLINE void dot_tiles(const int R, const int P, const bool split, float *c, size
 }
 
 /* np panels: 1, 2, or with one register of rows 4. */
-INLINE void dot_panels(const int R, int np, const bool split, float *c, size_t ldc, const qvl__split *a, const tile_panels *b, int steps, bool resume, ahead next) {
-    if (np == 1) dot_tiles(R, 1, split, c, ldc, a, b, steps, resume, next);
-    else if (np == 2 || R > 1) dot_tiles(R, 2, split, c, ldc, a, b, steps, resume, next);
-    else dot_tiles(1, 4, split, c, ldc, a, b, steps, resume, next);
+INLINE void dot_panels(const int R, int np, const bool split, const bool near, float *c, size_t ldc, const qvl__split *a, const tile_panels *b, int steps, bool resume, ahead next) {
+    if (np == 1) dot_tiles(R, 1, split, near, c, ldc, a, b, steps, resume, next);
+    else if (np == 2 || R > 1) dot_tiles(R, 2, split, near, c, ldc, a, b, steps, resume, next);
+    else dot_tiles(1, 4, split, near, c, ldc, a, b, steps, resume, next);
 }
 
 INLINE qvl__split rows_from(const qvl__split *a, int r) { return (qvl__split){a->hi + (size_t)r * a->ld, a->ld, a->low}; }
@@ -128,7 +128,8 @@ INLINE void dot_rows(const int R, float *c, size_t ldc, const qvl__split *a, til
         ahead next = {ask && count - p >= np + wide ? b.at + (size_t)np * b.panel : NULL, 0, parts};
         for (int r = 0; r < rows; r += R * REG_ROWS, next.part++) {
             qvl__split x = rows_from(a, r);
-            dot_panels(R, np, false, c + (size_t)r * ldc + (size_t)p * PANEL, ldc, &x, &b, steps, resume, next);
+            if (a->low) dot_panels(R, np, true, R == 1, c + (size_t)r * ldc + (size_t)p * PANEL, ldc, &x, &b, steps, resume, next);
+            else dot_panels(R, np, false, R == 1, c + (size_t)r * ldc + (size_t)p * PANEL, ldc, &x, &b, steps, resume, next);
         }
     }
 }
@@ -152,9 +153,9 @@ static void dot_steps(float *c, size_t ldc, const qvl__split *a, tile_panels b, 
     }
 }
 
-static void gemm_dot(float *c, size_t ldc, const uint32_t *a, size_t lda, const void *panels, size_t panel_bytes, int rows, int count,
+static void gemm_dot(float *c, size_t ldc, const qvl__split *a, const void *panels, size_t panel_bytes, int rows, int count,
                      int pairs, bool resume) {
-    qvl__split x = {(const uint16_t *)(const void *)a, 2 * lda, 0};
+    qvl__split x = *a;
     tile_panels b = {.at = panels, .panel = panel_bytes};
     int steps = pairs / 16, rest = pairs % 16;
     if (steps) dot_steps(c, ldc, &x, b, rows, count, steps, 16, resume);
@@ -352,12 +353,19 @@ static void hold_tiles(int rows) {
     else tiles_take(rows < REG_ROWS ? rows : REG_ROWS, rows < REG_ROWS ? rows : REG_ROWS, 16);
 }
 
+INLINE void split_some(uint16_t *hi, size_t low, const float *x) {
+    vf a = vload(x), b = vload(x + W);
+    vstore_bf16(hi, a, b);
+    vstore_bf16(hi + low, vsub(a, vload_bf16(hi)), vsub(b, vload_bf16(hi + W)));
+}
+
 static void split(uint16_t *hi, size_t low, const float *x, int n) {
-    for (int i = 0; i < n; i += 2 * W) {
-        vf a = vload(x + i), b = vload(x + i + W);
-        vstore_bf16(hi + i, a, b);
-        vstore_bf16(hi + low + i, vsub(a, vload_bf16(hi + i)), vsub(b, vload_bf16(hi + i + W)));
-    }
+    int i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) split_some(hi + i, low, x + i);
+    if (i == n) return;
+    float rest[2 * W] = {0};
+    memcpy(rest, x + i, (size_t)(n - i) * sizeof(float));
+    split_some(hi + i, low, rest);
 }
 
 /* next: lines of another block for each block, asked for by the first rows. */
@@ -369,11 +377,11 @@ static void scores(float *s, size_t lds, qvl__split q, const qvl__kv_list *keys,
         int r = 0;
         for (; rows - r >= 2 * REG_ROWS; r += 2 * REG_ROWS, next.at = NULL) {
             qvl__split x = rows_from(&q, r);
-            dot_tiles(2, 2, true, s + (size_t)r * lds + i * QVL__KV_BLOCK, lds, &x, &b, dim / 32, false, next);
+            dot_tiles(2, 2, true, false, s + (size_t)r * lds + i * QVL__KV_BLOCK, lds, &x, &b, dim / 32, false, next);
         }
         if (r < rows) {
             qvl__split x = rows_from(&q, r);
-            dot_tiles(1, 2, true, s + (size_t)r * lds + i * QVL__KV_BLOCK, lds, &x, &b, dim / 32, false, next);
+            dot_tiles(1, 2, true, false, s + (size_t)r * lds + i * QVL__KV_BLOCK, lds, &x, &b, dim / 32, false, next);
         }
     }
 }
@@ -391,10 +399,10 @@ static void values(float *o, size_t ldo, qvl__split p, const qvl__kv_list *value
         int r = 0;
         for (; rows - r >= 2 * REG_ROWS; r += 2 * REG_ROWS) {
             qvl__split x = rows_from(&p, r);
-            dot_panels(2, np, true, o + (size_t)r * ldo + j * PANEL, ldo, &x, &b, values->n, true, none);
+            dot_panels(2, np, true, false, o + (size_t)r * ldo + j * PANEL, ldo, &x, &b, values->n, true, none);
         }
         qvl__split x = rows_from(&p, r);
-        if (r < rows) dot_panels(1, np, true, o + (size_t)r * ldo + j * PANEL, ldo, &x, &b, values->n, true, none);
+        if (r < rows) dot_panels(1, np, true, false, o + (size_t)r * ldo + j * PANEL, ldo, &x, &b, values->n, true, none);
     }
 }
 

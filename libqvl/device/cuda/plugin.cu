@@ -270,6 +270,7 @@ int cuda_open(cuda **out, qvl__device *cpu, const qvl__device_options *o, const 
     d->isa = c->isa;
     d->pool = cpu->pool;
     d->bf16_math = o->bf16_math;
+    d->kv_type = QVL__BF16;
     d->fp8 = true;
     d->slice_flops = 1e15; /* whole phases: a launch costs more than a look at the clock */
     d->close = close_one;
