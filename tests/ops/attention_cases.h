@@ -237,15 +237,18 @@ static void test_attention_shapes(void **state) {
 }
 
 /* A value that is not a number reaches the tokens that see it, and no other that is computed beside them. */
-static void stray_body(qvl__device *d) {
-    const int lengths[SEQS] = {70, 33, 64, 1}, heads = 4, kv_heads = 2, n = 64, stray = 41; /* a row of the first sequence */
+static void stray(qvl__device *d, qvl__type type) {
+    const int lengths[SEQS] = {70, 33, 64, 1}, heads = 4, kv_heads = 2, n = 64, stray = 41, first = (heads + kv_heads) * n; /* a row of the first sequence */
     text_case t = new_text(heads, kv_heads, n, lengths);
     size_t ld = (size_t)(heads + 2 * kv_heads) * (size_t)n, width = (size_t)(heads * n);
     float *qkv = floats((size_t)t.rows * ld), *out = floats((size_t)t.rows * width), *z = floats((size_t)t.rows * width);
     qvl__kv kv;
-    assert_int_equal(d->kv_new(d, &kv, QVL__BF16, 2, kv_heads, n, t.blocks), 0);
+    assert_int_equal(d->kv_new(d, &kv, type, 2, kv_heads, n, t.blocks), 0);
+    t.qkv0[(size_t)(first + 1)] = 1e6f; /* of the first row, which f16 has to bring down */
     run_text(d, &t, &kv, qkv, out, 0, t.rows);
-    for (int i = 0; i < 2 * n; i += 5) t.qkv0[(size_t)stray * ld + (size_t)((heads + kv_heads) * n + i)] = i % 2 ? NAN : INFINITY;
+    for (size_t i = 0; i < (size_t)t.rows * width; i++) assert_true(isfinite(out[i]));
+    if (type == QVL__F16) check_near("the largest f16", d->isa, out[1], 65504, 65504 * 4 * U);
+    for (int i = 0; i < 2 * n; i += 5) t.qkv0[(size_t)stray * ld + (size_t)(first + i)] = i % 2 ? NAN : INFINITY;
     run_text(d, &t, &kv, qkv, z, 0, t.rows);
     check_bits("rows before a stray value", d->isa, out, z, (size_t)stray * width);
     check_bits("rows of other sequences", d->isa, out + 70 * width, z + 70 * width, (size_t)(t.rows - 70) * width);
@@ -255,6 +258,10 @@ static void stray_body(qvl__device *d) {
     d->kv_free(d, &kv);
     free(z), free(out), free(qkv);
     free_text(&t);
+}
+static void stray_body(qvl__device *d) {
+    stray(d, QVL__BF16);
+    if (d->host_memory) stray(d, QVL__F16); /* a GPU's goes on to infinity */
 }
 static void test_stray_value(void **state) {
     (void)state;
