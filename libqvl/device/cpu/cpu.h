@@ -13,9 +13,8 @@
 
 #include "kern.h"
 
-/* K in a block of a matmul task, and columns of accumulators; its rows are the kernels' block_rows. */
+/* K in a block of a matmul task; its rows and panels are the kernels' business. */
 #define QVL__GEMM_K 256
-#define QVL__GEMM_PANELS 16
 #define QVL__GEMM_SLICE_FLOATS (4 * QVL__GEMM_K * QVL__PANEL)
 #define QVL__PACK_BYTES ((size_t)8 << 20) /* rows of a matmul in packed form, all threads together */
 #define QVL__MAX_K (1 << 20)              /* inputs of a weight: a packed row must fit */
@@ -43,8 +42,8 @@ static inline void *qvl__cpu_scratch(const qvl__device *d, int worker) {
     return c->scratch + (size_t)worker * c->slice;
 }
 
-/* Floats of accumulators of a matmul task. */
-static inline int qvl__gemm_acc_floats(const struct qvl__kern *k) { return k->block_rows * QVL__GEMM_PANELS * QVL__PANEL; }
+/* Floats of accumulators of a matmul task; a row has another panel behind it, so that rows are no power of two apart. */
+static inline int qvl__gemm_acc_floats(const struct qvl__kern *k) { return k->block_rows * (k->block_panels + 1) * QVL__PANEL; }
 
 static inline int qvl__div_up(int a, int b) { return a / b + (a % b != 0); }
 

@@ -59,12 +59,14 @@ static void pack_task(void *ctx, int task, int worker) {
         }
 }
 
-/* acc[rows][count * 16] = x[r0..] times count panels from p0. */
+static size_t acc_ld(int count) { return ((size_t)count + 1) * QVL__PANEL; }
+
+/* acc[rows][count * 16], rows acc_ld apart, = x[r0..] times count panels from p0. */
 static void accumulate(const job *j, float *slice, int r0, int rows, int p0, int count, float *acc) {
     const struct qvl__kern *kern = j->k;
     const qvl__matrix *w = j->w;
     int k = w->k;
-    size_t panel_bytes = qvl__cpu_panel_bytes(w->type, k), ldc = (size_t)count * QVL__PANEL;
+    size_t panel_bytes = qvl__cpu_panel_bytes(w->type, k), ldc = acc_ld(count);
     const char *panels = (const char *)w->data + (size_t)p0 * panel_bytes;
     if (!j->packed) {
         kern->gemm(w->type, acc, ldc, j->x + (size_t)r0 * (size_t)k, (size_t)k, panels, panel_bytes, rows, count, k, false, NULL);
@@ -115,7 +117,7 @@ static void matmul_task(void *ctx, int task, int worker) {
     if (n > j->n_out - c0) n = j->n_out - c0;
     const float *bias = j->bias ? j->bias + c0 : NULL, *bias2 = j->bias && j->unit == 2 ? j->bias + j->n_out + c0 : NULL;
     for (int r = r0; r < r1; r++)
-        j->k->epilogue(j->e, j->y + (size_t)r * (size_t)j->n_out + c0, acc + (size_t)(r - r0) * (size_t)count * QVL__PANEL,
+        j->k->epilogue(j->e, j->y + (size_t)r * (size_t)j->n_out + c0, acc + (size_t)(r - r0) * acc_ld(count),
             bias, bias2, n);
 }
 
@@ -129,7 +131,7 @@ static void plan_packing(job *j) {
     bool many = j->rows > j->mr;
     /* Up to three tiles, widening in registers each time costs less than writing floats out and reading them back. */
     j->widen = j->form == FLOATS && w->type != QVL__F32 && j->k->widen_first && j->rows > 3 * j->k->mr;
-    j->block = w->type == QVL__F32 || j->widen || (j->form != FLOATS && j->k->tiles) ? QVL__GEMM_K : 2 * QVL__GEMM_K;
+    j->block = w->type == QVL__F32 || j->widen || (j->form == INTS && j->k->tiles) ? QVL__GEMM_K : 2 * QVL__GEMM_K;
     if (!many) j->block = qvl__div_up(w->k, QVL__GROUP) * QVL__GROUP; /* all of it */
     j->low = j->form == PAIRS && j->k->split && w->role.head_dim ? (size_t)j->block : 0;
     size_t one = j->low ? 4 : j->form == FLOATS ? sizeof(float) : j->form == PAIRS ? 2 : w->type == QVL__Q8 ? (size_t)j->k->q8_bytes : 1;
@@ -148,7 +150,7 @@ static void matmul_rows(job *j) {
 
     /* Panels of a task: as many as the accumulators allow, few enough that every thread gets several tasks, and a
      * multiple of 8 (two tiles of the widest) where the matrix is large. */
-    int most = qvl__gemm_acc_floats(j->k) / QVL__PANEL / j->block_rows;
+    int most = qvl__gemm_acc_floats(j->k) / QVL__PANEL / j->block_rows - 1;
     int64_t tasks = (int64_t)threads * 4;
     int64_t want = ((int64_t)j->panels * j->row_blocks + tasks - 1) / tasks;
     want = want < 1 ? 1 : want > most ? most : want;

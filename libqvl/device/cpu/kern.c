@@ -239,9 +239,13 @@ static void widen(qvl__type type, float *dst, const void *panel, int k) {
 }
 
 static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
-    if (type == QVL__BF16)
-        for (int i = 0; i < n; i++) dst[i] = to_bf16(src[i]);
-    else
+    if (type == QVL__BF16) {
+        int i = 0;
+#if HAVE_DOT || HAVE_TILES
+        for (; i + 2 * W <= n; i += 2 * W) vstore_bf16(dst + i, vload(src + i), vload(src + i + W));
+#endif
+        for (; i < n; i++) dst[i] = to_bf16(src[i]);
+    } else {
         for (int i = 0; i < n; i += W) {
             int some = n - i < W ? n - i : W;
             float in[W] = {0};
@@ -251,6 +255,7 @@ static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
             vstore_f16(out, vfma(x, vzero(), vmin(most, vmax(vsub(vzero(), most), x)))); /* x * 0 is NaN for what is not finite */
             memcpy(dst + i, out, (size_t)some * sizeof(uint16_t));
         }
+    }
     if (n & 1) dst[n] = 0;
 }
 
@@ -634,6 +639,7 @@ int ISA_INIT(struct qvl__kern *k) {
         .dot_mr = HAVE_TILES ? 32 : MR,
         .int_mr = HAVE_TILES ? 16 : MR,
         .block_rows = HAVE_TILES ? 256 : 96, /* of 2 MB, or of 512 KB */
+        .block_panels = HAVE_TILES ? 32 : 16,
         .q8_bytes = INT_BYTES(1),
         .widen_first = WIDEN_FIRST,
         .gemm = gemm,

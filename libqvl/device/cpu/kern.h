@@ -46,7 +46,7 @@ struct qvl__kern {
     int mr; /* rows of the largest tile */
     int np; /* panels of the tile of mr rows */
     int dot_mr, int_mr; /* rows that gemm_dot and gemm_int are best given a multiple of */
-    int block_rows; /* rows of a task of matmul: with accumulators and a widened slice of weights they fit a second-level cache */
+    int block_rows, block_panels; /* of a task of matmul: rows, accumulators and a widened slice of weights fit a second-level cache */
     int q8_bytes; /* of an activation that meets Q8 weights, as quantize_rows writes it */
     bool widen_first; /* many rows: weights of 16 bits are widened to scratch once, rather than in registers by each tile */
 

@@ -221,6 +221,10 @@ INLINE vf vload_bf16(const uint16_t *p) {
 /* c + the four products of unsigned bytes of a and signed bytes of b, lane by lane */
 INLINE vint vint_dot(vint c, vint a, vint b) { return _mm512_dpbusd_epi32(c, a, b); }
 #endif
+#if HAVE_DOT || HAVE_TILES
+/* 2 W floats as bf16, rounded to nearest even; denormals become zero */
+INLINE void vstore_bf16(uint16_t *p, vf a, vf b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a)); }
+#endif
 #if HAVE_DOT
 /* c + a.odd * b.odd, then + a.even * b.even; a is one pair for all lanes */
 INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
@@ -228,8 +232,6 @@ INLINE vf vdot_pairs(vf c, uint32_t a, vu b) {
 }
 #endif
 #if HAVE_TILES
-/* 2 W floats as bf16, rounded to nearest even; denormals become zero */
-INLINE void vstore_bf16(uint16_t *p, vf a, vf b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a)); }
 /* integers: bytes less what Q8 adds; the halves of bytes less what Q4 adds */
 INLINE vint vint_signed(vint a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)0x80)); }
 INLINE vint vint_signed_half(vint a) { return _mm512_sub_epi8(a, _mm512_set1_epi8(8)); }
@@ -241,6 +243,7 @@ INLINE vf vint_load_float(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_l
 #define TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t : :)
 #define TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((size_t)(stride)) : "memory")
+#define TILE_PASS(t, p, stride) __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t : : "r"(p), "r"((size_t)(stride)) : "memory") /* not to stay near */
 #define TILE_STORE(t, p, stride) __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((size_t)(stride)) : "memory")
 /* c += a b: pairs of bf16 into floats; four signed bytes into integers */
 #define TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
@@ -380,6 +383,14 @@ INLINE float bits_float(uint32_t u) {
     memcpy(&f, &u, 4);
     return flush(f);
 }
+INLINE void vstore_bf16(uint16_t *p, vf a, vf b) {
+    for (int i = 0; i < 2 * W; i++) {
+        float x = flush(i < W ? a[i] : b[i - W]);
+        uint32_t u;
+        memcpy(&u, &x, 4);
+        p[i] = x != x ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+    }
+}
 #endif
 #if HAVE_DOT
 static __attribute__((noinline)) vf vdot_pairs(vf c, uint32_t a, vu b) {
@@ -392,14 +403,6 @@ static __attribute__((noinline)) vf vdot_pairs(vf c, uint32_t a, vu b) {
 }
 #endif
 #if HAVE_TILES
-INLINE void vstore_bf16(uint16_t *p, vf a, vf b) {
-    for (int i = 0; i < 2 * W; i++) {
-        float x = flush(i < W ? a[i] : b[i - W]);
-        uint32_t u;
-        memcpy(&u, &x, 4);
-        p[i] = x != x ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-    }
-}
 typedef uint8_t vint __attribute__((vector_size(4 * W), aligned(1), may_alias));
 INLINE vint vint_load(const void *p) { return *(const vint *)p; }
 INLINE void vint_store(void *p, vint a) { *(vint *)p = a; }
@@ -449,6 +452,7 @@ static __attribute__((noinline)) void tile_int(int c, int a, int b) {
 #define TILE_RELEASE() ((void)memset(&tile_file.shape, 0, sizeof tile_file.shape))
 #define TILE_ZERO(t) tile_zero(t)
 #define TILE_LOAD(t, p, stride) tile_load(t, p, stride)
+#define TILE_PASS(t, p, stride) tile_load(t, p, stride)
 #define TILE_STORE(t, p, stride) tile_store(t, p, stride)
 #define TILE_DOT(c, a, b) tile_dot(c, a, b)
 #define TILE_INT(c, a, b) tile_int(c, a, b)

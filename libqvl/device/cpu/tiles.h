@@ -44,11 +44,11 @@ INLINE const char *tile_step(const tile_panels *b, int j, int s) {
 /* R registers of rows at x by the P panels (up to 2) in 6 and 7. */
 #define DOT_STEP(R, P, x, ld)                                   \
     do {                                                        \
-        TILE_LOAD(4, x, ld);                                    \
+        TILE_PASS(4, x, ld);                                    \
         TILE_DOT(0, 4, 6);                                      \
         if (P > 1) TILE_DOT(1, 4, 7);                           \
         if (R > 1) {                                            \
-            TILE_LOAD(5, (const char *)(x) + REG_ROWS * (ld), ld); \
+            TILE_PASS(5, (const char *)(x) + REG_ROWS * (ld), ld); \
             TILE_DOT(2, 5, 6);                                  \
             if (P > 1) TILE_DOT(3, 5, 7);                       \
         }                                                       \
