@@ -113,7 +113,7 @@ struct qvl__device {
     const char *name; /* "cpu" */
     const char *isa;  /* "generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "amx" */
     qvl__pool *pool;  /* borrowed */
-    bool bf16_math;   /* products of matmul round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16, or a GPU) */
+    bool bf16_math;   /* products of matmul round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16 or AMX, or a GPU) */
     qvl__type kv_type; /* which cache it attends to best: what kv_dtype auto means, but with dtype f32 */
     bool fp8;         /* takes F8: matrices and caches */
     bool host_memory; /* what alloc gives may be read and written by the host */

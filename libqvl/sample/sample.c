@@ -167,18 +167,20 @@ static double uniform(int64_t seed, uint64_t position) {
 
 /* ---- whole-vocabulary loops; written so that the compiler can use vectors ---- */
 
+enum { LANES = 16 };
+
+/* qvl__is_logit of all: neither NaN nor +inf. */
 static bool all_numbers(const float *x, int n) {
-    uint32_t bad = 0;
-    for (int i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, &x[i], sizeof bits); /* qvl__is_logit for vectors */
-        bad |= (uint32_t)((bits & 0x7FFFFFFFu) > 0x7F800000u) | (uint32_t)(bits == 0x7F800000u); /* NaN, +inf */
-    }
-    return !bad;
+    uint32_t bad[LANES] = {0};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) bad[j] |= x[i + j] < INFINITY ? 0 : ~0u;
+    for (; i < n; i++) bad[0] |= x[i] < INFINITY ? 0 : ~0u;
+    for (int j = 1; j < LANES; j++) bad[0] |= bad[j];
+    return bad[0] == 0;
 }
 
 static float largest(const float *x, int n) {
-    enum { LANES = 16 };
     float m[LANES];
     for (int j = 0; j < LANES; j++) m[j] = -INFINITY;
     int i = 0;
