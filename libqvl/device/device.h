@@ -211,8 +211,8 @@ struct qvl__device {
 int qvl__device_open(qvl__device **out, qvl__pool *pool, const char *name, const qvl__device_options *o);
 
 /* Opens the CPU. bf16_math asks for bf16 products, granted where the CPU has them (see d->bf16_math after). The level
- * is the best that cpuid, the operating system and the environment variable QVL_CPU (generic, avx2, avx512,
- * avx512-vnni, avx512-bf16, amx) allow. */
+ * is the fastest that cpuid and the operating system allow, or the one that the environment variable QVL_CPU (generic, avx2,
+ * avx512, avx512-vnni, avx512-bf16, amx) names. */
 int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math);
 /* Times the kernels of an open CPU against the machine's limits; the JSON object of qvl_bench_kernels, appended to json. */
 int qvl__cpu_bench(qvl__device *d, qvl__buf *json, qvl_progress_fn progress, void *ud);

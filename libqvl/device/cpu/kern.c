@@ -238,22 +238,27 @@ static void widen(qvl__type type, float *dst, const void *panel, int k) {
             vstore(dst + (size_t)p * PANEL + j, vpair_even(vload_pairs(src + (size_t)p * PANEL + 2 * j)));
 }
 
+/* W floats; x * 0 is NaN for what is not finite. */
+INLINE void narrow_f16(uint16_t *dst, const float *src) {
+    vf x = vload(src), most = vset(65504);
+    vstore_f16(dst, vfma(x, vzero(), vmin(most, vmax(vsub(vzero(), most), x))));
+}
+
 static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
+    int i = 0;
     if (type == QVL__BF16) {
-        int i = 0;
 #if HAVE_DOT || HAVE_TILES
         for (; i + 2 * W <= n; i += 2 * W) vstore_bf16(dst + i, vload(src + i), vload(src + i + W));
 #endif
         for (; i < n; i++) dst[i] = to_bf16(src[i]);
     } else {
-        for (int i = 0; i < n; i += W) {
-            int some = n - i < W ? n - i : W;
-            float in[W] = {0};
+        for (; i + W <= n; i += W) narrow_f16(dst + i, src + i);
+        if (i < n) {
+            float rest[W] = {0};
             uint16_t out[W];
-            memcpy(in, src + i, (size_t)some * sizeof(float));
-            vf x = vload(in), most = vset(65504);
-            vstore_f16(out, vfma(x, vzero(), vmin(most, vmax(vsub(vzero(), most), x)))); /* x * 0 is NaN for what is not finite */
-            memcpy(dst + i, out, (size_t)some * sizeof(uint16_t));
+            memcpy(rest, src + i, (size_t)(n - i) * sizeof(float));
+            narrow_f16(out, rest);
+            memcpy(dst + i, out, (size_t)(n - i) * sizeof(uint16_t));
         }
     }
     if (n & 1) dst[n] = 0;

@@ -68,7 +68,7 @@ struct qvl__kern {
     /* k rows of a F32, F16, BF16 or I8 panel as floats [k][16]; exact. */
     void (*widen)(qvl__type type, float *dst, const void *panel, int k);
     /* n floats as BF16 or F16, rounded to nearest even, and a zero after an odd last one. F16 ends at 65504, beyond which all
-     * stays there, and what is not finite becomes NaN. */
+     * stays there, and what is not finite becomes NaN. Where there are bf16 products, denormals may become zero in BF16, as they do there. */
     void (*narrow)(qvl__type type, uint16_t *dst, const float *src, int n);
     /* n floats as integers of -127..127, rounded to nearest even; returns the scale that brings them back: NaN when one
      * of them is not finite. */
