@@ -343,7 +343,7 @@ INLINE void quantize_columns(const int q8, uint8_t *out, uint16_t *scales, const
     float bad[W];
     vstore(bad, check);
     vstore(up, scale);
-    for (int j = 0; j < W; j++) scales[j] = bad[j] == 0 ? to_bf16(up[j] * down[j]) : 0x7fc0;
+    for (int j = 0; j < W; j++) scales[j] = bad[j] == 0 ? f32_to_bf16(up[j] * down[j]) : 0x7fc0;
 }
 
 static void quantize_weights(qvl__type type, uint8_t *out, uint16_t *scales, const float *from) {

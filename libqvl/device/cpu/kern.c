@@ -250,7 +250,7 @@ static void narrow(qvl__type type, uint16_t *dst, const float *src, int n) {
 #if HAVE_DOT || HAVE_TILES
         for (; i + 2 * W <= n; i += 2 * W) vstore_bf16(dst + i, vload(src + i), vload(src + i + W));
 #endif
-        for (; i < n; i++) dst[i] = to_bf16(src[i]);
+        for (; i < n; i++) dst[i] = f32_to_bf16(src[i]);
     } else {
         for (; i + W <= n; i += W) narrow_f16(dst + i, src + i);
         if (i < n) {

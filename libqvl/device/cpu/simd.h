@@ -17,6 +17,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "half.h"
+
 #define PANEL 16
 #define INLINE static inline __attribute__((always_inline, unused))
 
@@ -310,42 +312,10 @@ INLINE vf vpow2(vf n) {
     return (vf)(((vu)s - 0x4b400000u + 127u) << 23);
 }
 INLINE vf vtimes_pow2(vf p, vf z) { return (vf)((vu)p + ((vu)z << 23)); }
-INLINE float f16_to_f32(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, u;
-    if (e == 31) {
-        u = sign | 0x7f800000u | m << 13;
-    } else if (e) {
-        u = sign | (e + 112) << 23 | m << 13;
-    } else {
-        float f = (float)m * 0x1p-24f; /* subnormal */
-        memcpy(&u, &f, 4);
-        u |= sign;
-    }
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
 INLINE vf vload_f16(const uint16_t *p) {
     vf r;
     for (int i = 0; i < W; i++) r[i] = f16_to_f32(p[i]);
     return r;
-}
-/* Rounded to nearest even: from 65520 on infinity, below 2^-24 / 2 zero; a NaN stays a (quiet) NaN. */
-INLINE uint16_t f32_to_f16(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    uint32_t sign = u >> 16 & 0x8000, a = u & 0x7fffffffu;
-    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
-    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
-    if (a < 0x38800000u) { /* subnormal: adding 2^-1 moves the bits that stay to the end of the mantissa, and rounds */
-        float f;
-        memcpy(&f, &a, 4);
-        f += 0.5f;
-        memcpy(&a, &f, 4);
-        return (uint16_t)(sign | (a - 0x3f000000u));
-    }
-    a += 0xfffu + (a >> 13 & 1);
-    return (uint16_t)(sign | (a - 0x38000000u) >> 13);
 }
 INLINE void vstore_f16(uint16_t *p, vf a) {
     for (int i = 0; i < W; i++) p[i] = f32_to_f16(a[i]);
@@ -384,12 +354,7 @@ INLINE float bits_float(uint32_t u) {
     return flush(f);
 }
 INLINE void vstore_bf16(uint16_t *p, vf a, vf b) {
-    for (int i = 0; i < 2 * W; i++) {
-        float x = flush(i < W ? a[i] : b[i - W]);
-        uint32_t u;
-        memcpy(&u, &x, 4);
-        p[i] = x != x ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-    }
+    for (int i = 0; i < 2 * W; i++) p[i] = f32_to_bf16(flush(i < W ? a[i] : b[i - W]));
 }
 #endif
 #if HAVE_DOT
@@ -507,13 +472,5 @@ INLINE vint vint_four(const char *p) {
     return vint_set(x);
 }
 #endif
-
-/* bf16 of x, rounded to nearest even; a NaN stays a (quiet) NaN. */
-INLINE uint16_t to_bf16(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40);
-    return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-}
 
 #endif
