@@ -52,12 +52,13 @@ LIB_A := $(B)/libqvl.a
 KERN_SRC := libqvl/device/cpu/kern.c
 ISA_generic :=
 ISA_avx2 := -mavx2 -mfma -mf16c
+ISA_avx2_vnni := $(ISA_avx2) -mavxvnni
 ISA_avx512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 ISA_avx512_vnni := $(ISA_avx512) -mavx512vnni
 ISA_avx512_bf16 := $(ISA_avx512_vnni) -mavx512bf16
 ISA_amx := $(ISA_avx512_bf16)
 ifeq ($(shell uname -m),x86_64)
-ISAS := generic avx2 avx512 avx512_vnni avx512_bf16 amx
+ISAS := generic avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 amx
 else
 ISAS := generic
 endif

@@ -111,7 +111,7 @@ typedef struct {
 
 struct qvl__device {
     const char *name; /* "cpu" */
-    const char *isa;  /* "generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "amx" */
+    const char *isa;  /* "generic", "avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16", "amx" */
     qvl__pool *pool;  /* borrowed */
     bool bf16_math;   /* products of matmul round activations to bf16 (dtype bf16 on a CPU with AVX-512-BF16 or AMX, or a GPU) */
     qvl__type kv_type; /* which cache it attends to best: what kv_dtype auto means, but with dtype f32 */
@@ -212,7 +212,7 @@ int qvl__device_open(qvl__device **out, qvl__pool *pool, const char *name, const
 
 /* Opens the CPU. bf16_math asks for bf16 products, granted where the CPU has them (see d->bf16_math after). The level
  * is the fastest that cpuid and the operating system allow, or the one that the environment variable QVL_CPU (generic, avx2,
- * avx512, avx512-vnni, avx512-bf16, amx) names. */
+ * avx2-vnni, avx512, avx512-vnni, avx512-bf16, amx) names. */
 int qvl__cpu_open(qvl__device **out, qvl__pool *pool, bool bf16_math);
 /* Times the kernels of an open CPU against the machine's limits; the JSON object of qvl_bench_kernels, appended to json. */
 int qvl__cpu_bench(qvl__device *d, qvl__buf *json, qvl_progress_fn progress, void *ud);

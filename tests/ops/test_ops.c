@@ -7,8 +7,8 @@
  */
 #include "ops_cases.h"
 
-static const char *const level_names[] = {"generic", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "amx"};
-static const int n_levels = 6;
+static const char *const level_names[] = {"generic", "avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16", "amx"};
+static const int n_levels = 7;
 
 static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     qvl__device *d;
@@ -16,7 +16,7 @@ static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     int rc = qvl__cpu_open(&d, pool, bf16_math);
     unsetenv("QVL_CPU");
     if (rc == 0) return d;
-    static bool said[6];
+    static bool said[7];
     if (!said[i]) printf("[   INFO   ] %s\n", qvl_last_error());
     said[i] = true;
     return NULL;
@@ -40,18 +40,22 @@ static void test_level_choice(void **state) {
     unsetenv("QVL_CPU");
     assert_int_equal(qvl__cpu_open(&d, pool, true), 0);
     assert_int_equal(d->bf16_math, strcmp(d->isa, "avx512-bf16") == 0 || strcmp(d->isa, "amx") == 0);
-    char best[32];
-    snprintf(best, sizeof best, "%s", d->isa);
     d->close(d);
-    bool past = false; /* every level up to the best opens, none past it */
+#if defined(__x86_64__) && defined(__linux__)
+    static const char *const flags[] = {" sse2 ", " avx2 ", " avx_vnni ", " avx512bw ", " avx512_vnni ", " avx512_bf16 ", " amx_bf16 "};
+    static char info[8192]; /* of the first processor */
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    assert_non_null(f);
+    info[fread(info, 1, sizeof info - 1, f)] = 0;
+    fclose(f);
+    for (char *end = info; (end = strchr(end, '\n'));) *end = ' ';
     for (int i = 0; i < n_levels; i++) {
         d = open_level(i, pool, false);
-        assert_int_equal(d != NULL, !past);
+        assert_int_equal(d != NULL, strstr(info, flags[i]) != NULL);
         if (d) assert_string_equal(d->isa, level_names[i]);
         if (d) d->close(d);
-        if (strcmp(level_names[i], best) == 0) past = true;
     }
-    assert_true(past);
+#endif
     qvl__pool_free(pool);
 }
 

@@ -15,7 +15,7 @@
  * of one side; what was added, times the sum of the activations, is where the accumulators start. All of it is exact, so the
  * level, the tile and the order do not matter; what rounds is one fused step for each group. */
 
-#if W == 16 || defined(QVL__ISA_avx2)
+#if W > 4
 #define HAVE_INT 1
 #endif
 #if HAVE_INT && !HAVE_VNNI && !defined(QVL__SIMD_EMULATE)
@@ -40,19 +40,13 @@ typedef struct {
     vint s, low; /* low: Q8 only */
 } isum;
 INLINE isum int_start(vint start) { return (isum){start, vint_set(0)}; }
-INLINE void int_step(const int q8, const int parts, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
-    if (!q8) {
-        s->s = vint_add16(s->s, vint_maddubs(lo, vint_four(a + 4 * step)));
-        s->s = vint_add16(s->s, vint_maddubs(hi, vint_four(a + 4 * step + QVL__GROUP / 2)));
-        KEEP(s->s);
-        return;
-    }
-    if (parts & LOW) {
-        s->low = vint_add16(s->low, vint_maddubs(x, vint_four(a + 4 * step)));
+INLINE void int_step(const int q8, const int parts, isum *s, vint w, const char *a) {
+    if (q8 && parts & LOW) {
+        s->low = vint_add16(s->low, vint_maddubs(w, vint_four(a)));
         KEEP(s->low);
     }
-    if (parts & HIGH) {
-        s->s = vint_add16(s->s, vint_maddubs(x, vint_four(a + 4 * step + QVL__GROUP)));
+    if (!q8 || parts & HIGH) {
+        s->s = vint_add16(s->s, vint_maddubs(w, vint_four(q8 ? a + QVL__GROUP : a)));
         KEEP(s->s);
     }
 }
@@ -65,10 +59,9 @@ typedef struct {
     vint s;
 } isum;
 INLINE isum int_start(vint start) { return (isum){start}; }
-INLINE void int_step(const int q8, const int parts, isum *s, vint x, vint lo, vint hi, const char *a, int step) {
-    (void)parts;
-    s->s = vint_dot(s->s, q8 ? x : lo, vint_four(a + 4 * step));
-    if (!q8) s->s = vint_dot(s->s, hi, vint_four(a + 4 * step + 16));
+INLINE void int_step(const int q8, const int parts, isum *s, vint w, const char *a) {
+    (void)q8, (void)parts;
+    s->s = vint_dot(s->s, w, vint_four(a));
     KEEP(s->s);
 }
 INLINE vint int_total(const int q8, const isum *s) {
@@ -90,17 +83,18 @@ INLINE void int_steps(const int q8, const int parts, const int mr, const int v0,
 #pragma GCC unroll 4
         for (int quarter = 0; quarter < 4; quarter++) {
             const int step = 4 * half + quarter;
-            vint x[4], lo[4], hi[4];
+            vint x[4], w[4];
 #pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) {
+            for (int j = 0; j < nv; j++)
                 x[j] = vint_load(b + (size_t)((v0 + j) / VP) * bs + (size_t)((v0 + j) % VP) * 4 * W + (size_t)step * 4 * PANEL);
-                lo[j] = vint_low(x[j]);
-                hi[j] = vint_high(x[j]);
-            }
-#pragma GCC unroll 6
-            for (int i = 0; i < mr; i++)
+            for (int high = 0; high < (q8 ? 1 : 2); high++) {
 #pragma GCC unroll 4
-                for (int j = 0; j < nv; j++) int_step(q8, parts, &s[i][j], x[j], lo[j], hi[j], q + (size_t)i * stride, step);
+                for (int j = 0; j < nv; j++) w[j] = q8 ? x[j] : high ? vint_high(x[j]) : vint_low(x[j]);
+#pragma GCC unroll 6
+                for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < nv; j++) int_step(q8, parts, &s[i][j], w[j], q + (size_t)i * stride + 4 * step + high * (QVL__GROUP / 2));
+            }
         }
 }
 

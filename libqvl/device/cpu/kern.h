@@ -121,6 +121,7 @@ struct qvl__kern {
 
 int qvl__kern_generic(struct qvl__kern *k);
 int qvl__kern_avx2(struct qvl__kern *k);
+int qvl__kern_avx2_vnni(struct qvl__kern *k);
 int qvl__kern_avx512(struct qvl__kern *k);
 int qvl__kern_avx512_vnni(struct qvl__kern *k);
 int qvl__kern_avx512_bf16(struct qvl__kern *k);

@@ -28,6 +28,10 @@
 #elif defined(QVL__ISA_avx2)
 #define ISA_NAME "avx2"
 #define ISA_INIT qvl__kern_avx2
+#elif defined(QVL__ISA_avx2_vnni)
+#define ISA_NAME "avx2-vnni"
+#define ISA_INIT qvl__kern_avx2_vnni
+#define HAVE_VNNI 1
 #elif defined(QVL__ISA_avx512)
 #define ISA_NAME "avx512"
 #define ISA_INIT qvl__kern_avx512
@@ -46,7 +50,7 @@
 #define HAVE_VNNI 1
 #define HAVE_TILES 1
 #else
-#error "compile with -DQVL__ISA_generic, _avx2, _avx512, _avx512_vnni, _avx512_bf16 or _amx"
+#error "compile with -DQVL__ISA_generic, _avx2, _avx2_vnni, _avx512, _avx512_vnni, _avx512_bf16 or _amx"
 #endif
 
 #ifndef HAVE_VNNI
@@ -70,8 +74,8 @@ typedef struct {
  * which is what hides the latency of an FMA; one row with 512 bits waits for memory, and takes 4 panels, because more
  * streams of weights than that get into each other's way. */
 
-#if defined(QVL__ISA_avx2)
-/* ---- AVX2 + FMA + F16C ---- */
+#if defined(QVL__ISA_avx2) || defined(QVL__ISA_avx2_vnni)
+/* ---- AVX2 + FMA + F16C; AVX-VNNI ---- */
 #include <immintrin.h>
 #define W 8
 #define MR 6
@@ -79,7 +83,7 @@ typedef struct {
 #define NP1 4
 #define NP2 2
 #define NP4 1
-#define INT_MR 4
+#define INT_MR (HAVE_VNNI ? 6 : 4) /* twelve sums beside two vectors of weights, or eight beside what maddubs takes */
 #define INT_NP 1
 #define INT_NP1 2
 #define INT_NV 2
@@ -148,6 +152,10 @@ INLINE vint vint_high(vint a) { return vint_low(_mm256_srli_epi16(a, 4)); }
 INLINE vint vint_maddubs(vint a, vint b) { return _mm256_maddubs_epi16(a, b); }
 INLINE vint vint_madd(vint a, vint b) { return _mm256_madd_epi16(a, b); }
 INLINE vf vint_float(vint a) { return _mm256_cvtepi32_ps(a); }
+#if HAVE_VNNI
+/* c + the four products of unsigned bytes of a and signed bytes of b, lane by lane */
+INLINE vint vint_dot(vint c, vint a, vint b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
+#endif
 INLINE vf vload_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16));
 }
@@ -220,7 +228,6 @@ INLINE vf vload_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16));
 }
 #if HAVE_VNNI
-/* c + the four products of unsigned bytes of a and signed bytes of b, lane by lane */
 INLINE vint vint_dot(vint c, vint a, vint b) { return _mm512_dpbusd_epi32(c, a, b); }
 #endif
 #if HAVE_DOT || HAVE_TILES
