@@ -51,7 +51,7 @@ static void test_level_choice(void **state) {
     for (char *end = info; (end = strchr(end, '\n'));) *end = ' ';
     for (int i = 0; i < n_levels; i++) {
         d = open_level(i, pool, false);
-        assert_int_equal(d != NULL, strstr(info, flags[i]) != NULL);
+        if (d || strcmp(level_names[i], "amx") != 0) assert_int_equal(d != NULL, strstr(info, flags[i]) != NULL); /* tile registers can be refused */
         if (d) assert_string_equal(d->isa, level_names[i]);
         if (d) d->close(d);
     }

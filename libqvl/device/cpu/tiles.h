@@ -175,7 +175,7 @@ static void gemm_dot(float *c, size_t ldc, const qvl__split *a, const void *pane
 
 #define BATCH 2        /* groups; by two panels they are the four sums */
 #define INT_GROUPS 16  /* of a panel in scratch at a time */
-#define INT_AHEAD 2560 /* bytes of a panel that one register of rows asks ahead */
+#define INT_AHEAD 2560 /* bytes of a panel that one register of rows asks ahead; multiples of 1024 are slower by a tenth */
 #define FEW_ROWS 6     /* up to so many integers.h is faster */
 
 typedef struct {
@@ -191,8 +191,8 @@ typedef struct {
     int all_groups, g0;
 } int_panels;
 
-/* Groups g.. of P panels to scratch. */
-INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_panels *w, int g, int n, int slot) {
+/* n groups from g on of P panels to scratch, from its beginning. */
+INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_panels *w, int g, int n) {
     const size_t body = INT_BODY(q8);
     for (int p = 0; p < P; p++) {
         const char *panel = w->panel + (size_t)p * w->step, *from = panel + QVL__INT_HEAD(w->all_groups) + (size_t)(w->g0 + g) * body;
@@ -200,7 +200,7 @@ INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_pan
             vstore(s->scale[p][g + i], vload_bf16((const uint16_t *)(const void *)panel + (size_t)(w->g0 + g + i) * PANEL));
 #pragma GCC unroll 8
             for (int j = 0; j < QVL__GROUP / 4; j++) {
-                uint8_t *to = s->q[p][slot + i] + j * 4 * PANEL;
+                uint8_t *to = s->q[p][i] + j * 4 * PANEL;
                 if (q8) vint_store(to, vint_signed(vint_load(from + j * 4 * PANEL)));
                 else {
                     vint x = vint_load(from + j % 4 * 4 * PANEL);
@@ -211,7 +211,7 @@ INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_pan
     }
 }
 
-/* The sums of groups g.. (n of them) by P panels, into registers 0..3. */
+/* The sums of groups g.. (n of them) by P panels, whose weights are in scratch from slot on, into registers 0..3. */
 INLINE void int_products(const int P, const int n, const int_scratch *s, const int8_t *q, size_t stride, int g, int slot) {
     TILE_LOAD(4, q + (size_t)g * QVL__GROUP, stride);
     TILE_LOAD(6, s->q[0][slot], 64);
@@ -287,7 +287,7 @@ INLINE void int_rows(const bool q8, const int P, const bool fresh, int_scratch *
     for (int i = 0; i <= whole; i++) {
         if (i < whole) {
             if (fresh) ask = (int_ahead){w->panel + QVL__INT_HEAD(w->all_groups) + (size_t)(w->g0 + i * BATCH) * body + INT_AHEAD, w->step, (int)lines};
-            if (fresh) int_signed(q8, P, s, w, i * BATCH, BATCH, 0);
+            if (fresh) int_signed(q8, P, s, w, i * BATCH, BATCH);
             int_products(P, BATCH, s, q, a->stride, i * BATCH, fresh ? 0 : i * BATCH);
             for (size_t l = from; !fresh && next.at && l < to; l++)
                 for (size_t p = 0; p < (size_t)P; p++) TO_L2(next.at + p * w->step + ((size_t)i * lines + l) * 64);
@@ -296,7 +296,7 @@ INLINE void int_rows(const bool q8, const int P, const bool fresh, int_scratch *
         if (i < whole) int_store(P, BATCH, s, i % 2);
     }
     if (groups % BATCH) {
-        if (fresh) int_signed(q8, P, s, w, groups - 1, 1, 0);
+        if (fresh) int_signed(q8, P, s, w, groups - 1, 1);
         int_products(P, 1, s, q, a->stride, groups - 1, fresh ? 0 : groups - 1);
         int_store(P, 1, s, 0);
         int_floats(P, 1, s, 0, c, ldc, by, a->stride, groups - 1, rows, ask);
@@ -311,7 +311,7 @@ INLINE void int_block(const bool q8, const int P, float *c, size_t ldc, const qv
     for (int g = 0, n; g < groups; g += n) {
         n = groups - g < INT_GROUPS ? groups - g : INT_GROUPS;
         w.g0 = g0 + g;
-        if (registers > 1) int_signed(q8, P, &s, &w, 0, n, 0);
+        if (registers > 1) int_signed(q8, P, &s, &w, 0, n);
         ahead next = {more ? w.panel + P * w.step + QVL__INT_HEAD(w.all_groups) + (size_t)w.g0 * body : NULL, 0, registers};
         qvl__ints x = {a->q + (size_t)g * QVL__GROUP, a->scale + g, NULL, a->stride};
         for (int r = 0, some; r < rows; r += some, next.part++) {
