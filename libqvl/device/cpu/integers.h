@@ -218,13 +218,13 @@ static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, c
                      int count, int all_groups, int g0, int groups, bool resume) {
     if (!resume)
         for (int r = 0; r < rows; r++) memset(c + (size_t)r * ldc, 0, (size_t)count * PANEL * sizeof(float));
-    int wide = rows == 1 ? INT_NP1 : INT_NP;
+    const int wide = rows == 1 ? INT_NP1 : INT_NP, most = type == QVL__Q8 ? INT_MR8 : INT_MR;
     for (int p = 0, np; p < count; p += np) {
         np = count - p < wide ? 1 : wide;
-        ahead next = {count - p > np ? (const char *)panels + (size_t)(p + np) * panel_bytes : NULL, 0, (rows + INT_MR - 1) / INT_MR};
+        ahead next = {count - p > np ? (const char *)panels + (size_t)(p + np) * panel_bytes : NULL, 0, (rows + most - 1) / most};
         for (int r = 0, mr; r < rows; r += mr, next.part++) {
             int left = rows - r; /* full tiles, and the last two alike; never one row of many, whose width is another */
-            mr = left >= 2 * INT_MR ? INT_MR : left > INT_MR ? (left + 1) / 2 : left;
+            mr = left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
             int_tiles[type == QVL__Q8][mr][np < wide](c + (size_t)r * ldc + (size_t)p * PANEL, ldc, a, r,
                 (const char *)panels + (size_t)p * panel_bytes, panel_bytes, all_groups, g0, groups, next);
         }
