@@ -8,7 +8,7 @@
 #include "ops_cases.h"
 
 static const char *const level_names[] = {"generic", "avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16", "amx"};
-static const int n_levels = 7;
+enum { N_LEVELS = sizeof level_names / sizeof *level_names };
 
 static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     qvl__device *d;
@@ -16,7 +16,7 @@ static qvl__device *open_level(int i, qvl__pool *pool, bool bf16_math) {
     int rc = qvl__cpu_open(&d, pool, bf16_math);
     unsetenv("QVL_CPU");
     if (rc == 0) return d;
-    static bool said[7];
+    static bool said[N_LEVELS];
     if (!said[i]) printf("[   INFO   ] %s\n", qvl_last_error());
     said[i] = true;
     return NULL;
@@ -49,7 +49,7 @@ static void test_level_choice(void **state) {
     info[fread(info, 1, sizeof info - 1, f)] = 0;
     fclose(f);
     for (char *end = info; (end = strchr(end, '\n'));) *end = ' ';
-    for (int i = 0; i < n_levels; i++) {
+    for (int i = 0; i < N_LEVELS; i++) {
         d = open_level(i, pool, false);
         if (d || strcmp(level_names[i], "amx") != 0) assert_int_equal(d != NULL, strstr(info, flags[i]) != NULL); /* tile registers can be refused */
         if (d) assert_string_equal(d->isa, level_names[i]);

@@ -187,8 +187,9 @@ INLINE void int_tile(const int q8, const int mr, const int v0, const int nv, flo
 }
 #endif
 
-/* INT_NP panels (one row: INT_NP1), or the single ones that are left over; INT_NV vectors at a time, which is what the
- * registers hold. */
+/* Up to INT_MR rows (Q8: INT_MR8) by INT_NP panels (one row: INT_NP1), or the single ones that are left over; INT_NV vectors at a time,
+ * which is what the registers hold. */
+#define INT_MR 6
 typedef void int_fn(float *c, size_t ldc, const qvl__ints *a, int row, const char *b, size_t bs, int all_groups, int g0, int groups, ahead next);
 #define INT_TILE(Q, M, NAME, NP, NV)                                                                                           \
     static void int_##Q##_##M##_##NAME(float *c, size_t ldc, const qvl__ints *a, int row, const char *b, size_t bs, int all_groups, \
@@ -202,16 +203,11 @@ INT_TILES(1, INT_NP1, INT_NV1)
 INT_TILES(2, INT_NP, INT_NV)
 INT_TILES(3, INT_NP, INT_NV)
 INT_TILES(4, INT_NP, INT_NV)
-#if INT_MR > 4
 INT_TILES(5, INT_NP, INT_NV)
 INT_TILES(6, INT_NP, INT_NV)
-#endif
 #define INT_ENTRY(M) [0][M] = {int_4_##M##_wide, int_4_##M##_one}, [1][M] = {int_8_##M##_wide, int_8_##M##_one}
 static int_fn *const int_tiles[2][INT_MR + 1][2] = {
-    INT_ENTRY(1), INT_ENTRY(2), INT_ENTRY(3), INT_ENTRY(4),
-#if INT_MR > 4
-    INT_ENTRY(5), INT_ENTRY(6),
-#endif
+    INT_ENTRY(1), INT_ENTRY(2), INT_ENTRY(3), INT_ENTRY(4), INT_ENTRY(5), INT_ENTRY(6),
 };
 
 static void gemm_int(qvl__type type, float *c, size_t ldc, const qvl__ints *a, const void *panels, size_t panel_bytes, int rows,

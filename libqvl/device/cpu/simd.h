@@ -83,8 +83,7 @@ typedef struct {
 #define NP1 4
 #define NP2 2
 #define NP4 1
-#define INT_MR 6
-#define INT_MR8 (HAVE_VNNI ? 6 : 5) /* of 8-bit weights, whose sums take two registers each without VNNI */
+#define INT_MR8 (HAVE_VNNI ? 6 : 5) /* rows of a tile of 8-bit weights, whose sums take two registers each without VNNI */
 #define INT_NP 1
 #define INT_NP1 2
 #define INT_NV 2
@@ -170,7 +169,6 @@ INLINE vf vload_bf16(const uint16_t *p) {
 #define NP1 4
 #define NP2 4
 #define NP4 4
-#define INT_MR 6
 #define INT_MR8 (HAVE_VNNI ? 6 : 4)
 #define INT_NP 2
 #define INT_NP1 (HAVE_TILES ? 2 : 4) /* Intel reads fewer streams faster */
@@ -271,8 +269,7 @@ INLINE vf vint_load_float(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_l
 #define NP1 2
 #define NP2 1
 #define NP4 1
-#define INT_MR 4
-#define INT_MR8 4
+#define INT_MR8 6
 #define INT_NP 1
 #define INT_NP1 1
 #define INT_NV 4
@@ -284,7 +281,6 @@ INLINE vf vint_load_float(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_l
 #define NP1 4
 #define NP2 4
 #define NP4 4
-#define INT_MR 6
 #define INT_MR8 (HAVE_VNNI ? 6 : 4)
 #define INT_NP 2
 #define INT_NP1 4

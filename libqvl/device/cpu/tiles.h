@@ -191,7 +191,8 @@ typedef struct {
     int all_groups, g0;
 } int_panels;
 
-/* n groups from g on of P panels to scratch, from its beginning. */
+/* n groups from g on of P panels to scratch: their integers to its beginning, their scales to the groups' own places, which the float
+ * step of a batch reads after the next one has come. */
 INLINE void int_signed(const bool q8, const int P, int_scratch *s, const int_panels *w, int g, int n) {
     const size_t body = INT_BODY(q8);
     for (int p = 0; p < P; p++) {
